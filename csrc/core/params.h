@@ -1,0 +1,79 @@
+// What a kernel is asked to compute: plain structs, filled by csrc/torch (or a test) and read by every backend.
+//
+//   s[b,h,i,j] = softcap(scale * q[b,h,i,:] . k[b,h/G,j,:]) + bias[b,h,i,j] - slope[b,h] * |i + Lk - Lq - j|
+//   p          = softmax over the visible j (and the sink of head h, which takes mass but has no value)
+//   o[b,h,i,:] = sum_j dropout(p[b,h,i,j]) * v[b,h/G,j,:]                                  G = Hq / Hkv
+//
+// Strides count elements; the last dimension of q, k, v, o and of their gradients is contiguous. A stride of 0
+// broadcasts. "Accumulator type" is float, or double when dtype is kFloat64.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+enum class Causal : int32_t { kNone = 0, kTopLeft = 1, kBottomRight = 2 };
+
+// A window side without a limit.
+constexpr int64_t kUnlimited = -1;
+
+struct AttentionParams {
+  DType dtype = DType::kFloat32;
+  int64_t B = 0, Hq = 0, Hkv = 0, Lq = 0, Lk = 0, D = 0, Dv = 0;
+
+  const void* q = nullptr;  // [B, Hq, Lq, D]
+  const void* k = nullptr;  // [B, Hkv, Lk, D]
+  const void* v = nullptr;  // [B, Hkv, Lk, Dv]
+  int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // batch, head, row
+
+  double scale = 1.0;
+  double softcap = 0.0;  // 0 = none, else s <- softcap * tanh(s / softcap)
+
+  const void* bias = nullptr;  // [B, Hq, Lq, Lk], of bias_dtype: dtype or kFloat32 (kFloat64 with kFloat64)
+  DType bias_dtype = DType::kFloat32;
+  int64_t bias_stride[4] = {};  // batch, head, query, key
+  const uint8_t* mask = nullptr;  // [B, Hq, Lq, Lk], nonzero = keep
+  int64_t mask_stride[4] = {};
+  const void* alibi_slopes = nullptr;  // [B, Hq], accumulator type
+  int64_t alibi_stride[2] = {};
+  const void* sinks = nullptr;          // [Hq], contiguous, accumulator type
+  const int32_t* kv_lengths = nullptr;  // [B], contiguous, 0 <= kv_lengths[b] <= Lk
+
+  Causal causal = Causal::kNone;
+  int64_t window_left = kUnlimited, window_right = kUnlimited;
+
+  double dropout_p = 0.0;  // in [0, 1]
+  uint64_t seed = 0, offset = 0;
+
+  // Results. lse, row_max and row_sum are contiguous [B, Hq, Lq] in the accumulator type; a null pointer is not written.
+  // row_max and row_sum stay apart because lse = row_max + log(row_sum) loses log(row_sum) once row_max is as large as
+  // a finite mask value, and the backward pass would then be wrong by a factor of up to Lk.
+  void* o = nullptr;  // [B, Hq, Lq, Dv]
+  int64_t o_stride[3] = {};
+  void* lse = nullptr;
+  void* row_max = nullptr;  // max over the visible scores and the sink, -inf for a row that sees nothing
+  void* row_sum = nullptr;  // sum of exp(score - row_max), the sink's included, 0 for a row that sees nothing
+};
+
+// In the backward pass o, row_max and row_sum of `forward` are inputs (lse is not used), forward.o has its own strides.
+struct AttentionGradParams {
+  AttentionParams forward;
+
+  const void* d_o = nullptr;  // [B, Hq, Lq, Dv]
+  int64_t d_o_stride[3] = {};
+  const void* d_lse = nullptr;  // [B, Hq, Lq], contiguous, accumulator type, or null
+
+  void* dq = nullptr;  // [B, Hq, Lq, D]
+  void* dk = nullptr;  // [B, Hkv, Lk, D]
+  void* dv = nullptr;  // [B, Hkv, Lk, Dv]
+  int64_t dq_stride[3] = {}, dk_stride[3] = {}, dv_stride[3] = {};
+
+  // Accumulator type, in the bias's own shape: a dimension that the bias broadcasts has stride 0. Null: not wanted.
+  void* d_bias = nullptr;
+  int64_t d_bias_stride[4] = {};
+  void* d_sinks = nullptr;  // [Hq], accumulator type, or null
+};
+
+}  // namespace fastattn

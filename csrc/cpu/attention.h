@@ -1,0 +1,30 @@
+// The CPU engine's interface: what csrc/torch and the test module call. Arguments have been checked by the caller.
+#pragma once
+
+#include "core/params.h"
+#include "cpu/parallel.h"
+
+namespace fastattn::cpu {
+
+// Levels in priority order; a level includes those before it.
+enum class Isa : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+constexpr int kIsaCount = 4;
+
+const char* isa_name(Isa isa);                 // "baseline", "avx2", "avx512", "avx512_bf16"
+bool isa_from_name(const char* name, Isa* isa);  // false: no such level
+bool isa_supported(Isa isa);                   // by this build, this processor and this operating system
+Isa best_isa();                                // the highest supported level
+Isa active_isa();                              // the level in use; best_isa() until set_active_isa is called
+void set_active_isa(Isa isa);                  // a supported level; not while a kernel runs
+
+// o, and lse, row_max and row_sum where asked for. Throws std::bad_alloc when there is no memory for scratch.
+void attention_forward(const AttentionParams& params, const Parallel& parallel);
+
+// dq, dk, dv, and d_bias and d_sinks where asked for; every element of each is written.
+void attention_backward(const AttentionGradParams& params, const Parallel& parallel);
+
+// Peak rates for the benchmark, in flop per second summed over `parallel.threads`: multiply-adds in registers at the
+// active level, for float32 operands or (pairs: where the level has a bfloat16 dot product) for bfloat16 ones.
+double measure_peak_flops(DType dtype, const Parallel& parallel);
+
+}  // namespace fastattn::cpu
