@@ -1,0 +1,309 @@
+// Attention in float64, row by row, forward and backward; core/params.h has the formula.
+//
+// A row's scores are written out in full (O(Lk) scratch for each worker), so that this file is as close to the textbook
+// as it can be: the tiled kernels are tested against it. For row i, with p = softmax(s), z = keep / (1 - dropout_p):
+//
+//   o     = sum_j z_j p_j v_j                     lse = m + log(l)
+//   dp_j  = z_j (do . v_j)                        delta = sum_j p_j dp_j = do . o
+//   ds_j  = p_j (dp_j - delta + d_lse)            d_sink = p_sink (-delta + d_lse)         d_bias_j = ds_j
+//   dq    = scale sum_j ds_j cap'_j k_j           dk_j += scale ds_j cap'_j q              dv_j += z_j p_j do
+//
+// A key is left out (never read, never multiplied by a zero) when the geometry, the key length or the boolean mask hides
+// it. A score of -inf, which only an infinite bias brings about, hides its key from everything that follows as well.
+#include "cpu/plain.h"
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "core/mask.h"
+#include "core/philox.h"
+
+namespace fastattn::cpu {
+namespace {
+
+constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+constexpr int64_t kRowsPerTask = 16;
+
+// Calls body(task, worker) for every task, each worker taking the next task that nobody has taken yet.
+template <class Body>
+void for_each_task(const Parallel& parallel, int workers, int64_t tasks, Body body) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t tasks = 0;
+    Body* body = nullptr;
+  } shared;
+  shared.tasks = tasks;
+  shared.body = &body;
+  parallel.run(
+      parallel, workers,
+      [](void* arg, int worker) {
+        Shared& s = *static_cast<Shared*>(arg);
+        for (int64_t task = s.next++; task < s.tasks; task = s.next++) (*s.body)(task, worker);
+      },
+      &shared);
+}
+
+int worker_count(const Parallel& parallel, int64_t tasks) {
+  return static_cast<int>(clamp_i64(tasks, 1, max_i64(parallel.threads, 1)));
+}
+
+// The tensors are addressed by (batch, head, row) strides; the last dimension is contiguous.
+template <class T>
+T* row_of(T* base, const int64_t (&stride)[3], int64_t b, int64_t h, int64_t row) {
+  return base + b * stride[0] + h * stride[1] + row * stride[2];
+}
+
+// Eight partial sums, for without them every addition waits for the one before it.
+double dot(const double* x, const double* y, int64_t n) {
+  double partial[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= n; d += 8) {
+    for (int lane = 0; lane < 8; ++lane) partial[lane] += x[d + lane] * y[d + lane];
+  }
+  double sum = ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
+               ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+  for (; d < n; ++d) sum += x[d] * y[d];
+  return sum;
+}
+
+void add_scaled(double* y, double factor, const double* x, int64_t n) {
+  for (int64_t d = 0; d < n; ++d) y[d] += factor * x[d];
+}
+
+// One query row: where it is, and the keys [begin, end) that its geometry shows it.
+struct Row {
+  Row(const AttentionParams& params, int64_t b_, int64_t hq_, int64_t i_)
+      : p(params), geometry(mask_geometry(params, b_)), b(b_), hq(hq_), hkv(hq_ / (params.Hq / params.Hkv)), i(i_) {
+    begin = lo(geometry, i);
+    end = max_i64(begin, hi(geometry, i));
+  }
+
+  const double* q() const { return row_of(static_cast<const double*>(p.q), p.q_stride, b, hq, i); }
+  const double* k(int64_t j) const { return row_of(static_cast<const double*>(p.k), p.k_stride, b, hkv, j); }
+  const double* v(int64_t j) const { return row_of(static_cast<const double*>(p.v), p.v_stride, b, hkv, j); }
+  int64_t stat() const { return (b * p.Hq + hq) * p.Lq + i; }  // index into lse, row_max and row_sum
+  double sink() const { return p.sinks ? static_cast<const double*>(p.sinks)[hq] : kMinusInfinity; }
+
+  bool mask_keeps(int64_t j) const {
+    const int64_t* stride = p.mask_stride;
+    return !p.mask || p.mask[b * stride[0] + hq * stride[1] + i * stride[2] + j * stride[3]] != 0;
+  }
+
+  // What is added to the capped score of key j.
+  double addend(int64_t j) const {
+    double sum = 0.0;
+    if (p.bias) {
+      const int64_t* stride = p.bias_stride;
+      const int64_t at = b * stride[0] + hq * stride[1] + i * stride[2] + j * stride[3];
+      sum += p.bias_dtype == DType::kFloat64 ? static_cast<const double*>(p.bias)[at]
+                                             : static_cast<double>(static_cast<const float*>(p.bias)[at]);
+    }
+    if (p.alibi_slopes) {
+      const double slope = static_cast<const double*>(p.alibi_slopes)[b * p.alibi_stride[0] + hq * p.alibi_stride[1]];
+      // The distance to the bottom-right diagonal of the sequence's own keys, whichever way a causal mask is aligned.
+      const int64_t distance = i + geometry.Lk - geometry.Lq - j;
+      sum -= slope * static_cast<double>(distance < 0 ? -distance : distance);
+    }
+    return sum;
+  }
+
+  // The factor z_j of the weight of key j.
+  double dropout_factor(int64_t j) const {
+    if (p.dropout_p <= 0.0) return 1.0;
+    if (p.dropout_p >= 1.0) return 0.0;
+    const bool kept = dropout_keeps(p.seed, p.offset, b * p.Hq + hq, i, j, dropout_threshold(p.dropout_p));
+    return kept ? 1.0 / (1.0 - p.dropout_p) : 0.0;
+  }
+
+  // scores[j - begin] for the keys in [begin, end), -inf for hidden ones; and where wanted the softcap's derivative.
+  void compute_scores(double* scores, double* cap_derivative) const {
+    for (int64_t j = begin; j < end; ++j) {
+      if (!mask_keeps(j)) {
+        scores[j - begin] = kMinusInfinity;
+        continue;
+      }
+      double score = p.scale * dot(q(), k(j), p.D);
+      double derivative = 1.0;
+      if (p.softcap > 0.0) {
+        const double t = std::tanh(score / p.softcap);
+        score = p.softcap * t;
+        derivative = 1.0 - t * t;
+      }
+      scores[j - begin] = score + addend(j);
+      if (cap_derivative) cap_derivative[j - begin] = derivative;
+    }
+  }
+
+  const AttentionParams& p;
+  MaskGeometry geometry;
+  int64_t b, hq, hkv, i;
+  int64_t begin, end;
+};
+
+bool is_hidden(double score) { return score == kMinusInfinity; }
+
+void forward_row(const Row& row, double* scores) {
+  const AttentionParams& p = row.p;
+  row.compute_scores(scores, nullptr);
+
+  double m = kMinusInfinity;
+  for (int64_t j = row.begin; j < row.end; ++j) {
+    const double score = scores[j - row.begin];
+    if (!(score <= m)) m = score;  // written so that a NaN gets through
+  }
+  // m = -inf means that the row sees nothing; a sink alone does not change that.
+  const bool sees_nothing = is_hidden(m);
+  double l = 0.0;
+  if (!sees_nothing) {
+    if (row.sink() > m) m = row.sink();
+    if (p.sinks) l = std::exp(row.sink() - m);
+  }
+
+  double* o = row_of(static_cast<double*>(p.o), p.o_stride, row.b, row.hq, row.i);
+  for (int64_t d = 0; d < p.Dv; ++d) o[d] = 0.0;
+  for (int64_t j = row.begin; j < row.end; ++j) {
+    const double score = scores[j - row.begin];
+    if (is_hidden(score)) continue;
+    const double weight = std::exp(score - m);
+    l += weight;
+    const double factor = row.dropout_factor(j);
+    if (factor != 0.0) add_scaled(o, weight * factor, row.v(j), p.Dv);
+  }
+  if (!sees_nothing) {
+    for (int64_t d = 0; d < p.Dv; ++d) o[d] /= l;
+  }
+
+  if (p.lse) static_cast<double*>(p.lse)[row.stat()] = sees_nothing ? kMinusInfinity : m + std::log(l);
+  if (p.row_max) static_cast<double*>(p.row_max)[row.stat()] = m;
+  if (p.row_sum) static_cast<double*>(p.row_sum)[row.stat()] = l;
+}
+
+// Adds the row's part to dk, dv and d_bias, sets its dq, and returns its part of the sink's gradient.
+double backward_row(const AttentionGradParams& g, const Row& row, double* scores, double* cap_derivative) {
+  const AttentionParams& p = row.p;
+  double* dq = row_of(static_cast<double*>(g.dq), g.dq_stride, row.b, row.hq, row.i);
+  for (int64_t d = 0; d < p.D; ++d) dq[d] = 0.0;
+
+  const double m = static_cast<const double*>(p.row_max)[row.stat()];
+  const double l = static_cast<const double*>(p.row_sum)[row.stat()];
+  if (l == 0.0) return 0.0;  // the row sees nothing
+
+  const double* o = row_of(static_cast<const double*>(p.o), p.o_stride, row.b, row.hq, row.i);
+  const double* d_o = row_of(static_cast<const double*>(g.d_o), g.d_o_stride, row.b, row.hq, row.i);
+  const double d_lse = g.d_lse ? static_cast<const double*>(g.d_lse)[row.stat()] : 0.0;
+  const double delta = dot(d_o, o, p.Dv);
+
+  row.compute_scores(scores, cap_derivative);
+  for (int64_t j = row.begin; j < row.end; ++j) {
+    const double score = scores[j - row.begin];
+    if (is_hidden(score)) continue;
+    const double weight = std::exp(score - m) / l;
+    const double factor = row.dropout_factor(j);
+    double dp = 0.0;
+    if (factor != 0.0) {
+      dp = factor * dot(d_o, row.v(j), p.Dv);
+      double* dv = row_of(static_cast<double*>(g.dv), g.dv_stride, row.b, row.hkv, j);
+      add_scaled(dv, weight * factor, d_o, p.Dv);
+    }
+    const double ds = weight * (dp - delta + d_lse);
+    if (g.d_bias) {
+      const int64_t* stride = g.d_bias_stride;
+      static_cast<double*>(g.d_bias)[row.b * stride[0] + row.hq * stride[1] + row.i * stride[2] + j * stride[3]] += ds;
+    }
+    const double dx = p.scale * ds * cap_derivative[j - row.begin];
+    double* dk = row_of(static_cast<double*>(g.dk), g.dk_stride, row.b, row.hkv, j);
+    add_scaled(dq, dx, row.k(j), p.D);
+    add_scaled(dk, dx, row.q(), p.D);
+  }
+  return p.sinks ? std::exp(row.sink() - m) / l * (d_lse - delta) : 0.0;
+}
+
+void zero_rows(double* base, const int64_t (&stride)[3], int64_t b, int64_t h, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) {
+    double* x = row_of(base, stride, b, h, row);
+    for (int64_t d = 0; d < width; ++d) x[d] = 0.0;
+  }
+}
+
+void zero_bias_gradient(const AttentionGradParams& g) {
+  const AttentionParams& p = g.forward;
+  const int64_t sizes[4] = {p.B, p.Hq, p.Lq, p.Lk};
+  int64_t extent[4];
+  for (int dim = 0; dim < 4; ++dim) extent[dim] = g.d_bias_stride[dim] == 0 ? 1 : sizes[dim];
+  const int64_t* stride = g.d_bias_stride;
+  double* base = static_cast<double*>(g.d_bias);
+  for (int64_t b = 0; b < extent[0]; ++b) {
+    for (int64_t h = 0; h < extent[1]; ++h) {
+      for (int64_t i = 0; i < extent[2]; ++i) {
+        for (int64_t j = 0; j < extent[3]; ++j) base[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]] = 0.0;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void plain_forward_f64(const AttentionParams& params, const Parallel& parallel) {
+  const int64_t row_blocks = (params.Lq + kRowsPerTask - 1) / kRowsPerTask;
+  const int64_t tasks = params.B * params.Hq * row_blocks;
+  if (tasks == 0) return;
+  const int workers = worker_count(parallel, tasks);
+  std::vector<double> scratch(static_cast<size_t>(workers) * static_cast<size_t>(params.Lk));
+
+  for_each_task(parallel, workers, tasks, [&](int64_t task, int worker) {
+    const int64_t b = task / row_blocks / params.Hq;
+    const int64_t hq = task / row_blocks % params.Hq;
+    const int64_t first = task % row_blocks * kRowsPerTask;
+    for (int64_t i = first; i < min_i64(first + kRowsPerTask, params.Lq); ++i) {
+      forward_row(Row(params, b, hq, i), scratch.data() + worker * params.Lk);
+    }
+  });
+}
+
+// One task owns the heads that add into the same elements: the group of query heads of a KV head, and all the batches or
+// all the heads as well where the bias is broadcast over them. A sum's order is then the program's, not the threads'.
+void plain_backward_f64(const AttentionGradParams& params, const Parallel& parallel) {
+  const AttentionParams& p = params.forward;
+  const int64_t group = p.Hkv == 0 ? 0 : p.Hq / p.Hkv;
+  const bool joins_batches = params.d_bias && params.d_bias_stride[0] == 0;
+  const bool joins_heads = params.d_bias && params.d_bias_stride[1] == 0;
+  const int64_t batch_tasks = joins_batches ? min_i64(p.B, 1) : p.B;
+  const int64_t head_tasks = joins_heads ? min_i64(p.Hkv, 1) : p.Hkv;
+  const int64_t tasks = batch_tasks * head_tasks;
+  const int workers = worker_count(parallel, tasks);
+  std::vector<double> scratch(2 * static_cast<size_t>(workers) * static_cast<size_t>(p.Lk));
+  std::vector<double> sink_parts(params.d_sinks ? static_cast<size_t>(p.B * p.Hq) : 0);
+
+  if (params.d_bias) zero_bias_gradient(params);
+
+  const auto backward_heads = [&](int64_t b, int64_t hkv, double* scores, double* cap_derivative) {
+    zero_rows(static_cast<double*>(params.dk), params.dk_stride, b, hkv, p.Lk, p.D);
+    zero_rows(static_cast<double*>(params.dv), params.dv_stride, b, hkv, p.Lk, p.Dv);
+    for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
+      double d_sink = 0.0;
+      for (int64_t i = 0; i < p.Lq; ++i) d_sink += backward_row(params, Row(p, b, hq, i), scores, cap_derivative);
+      if (params.d_sinks) sink_parts[static_cast<size_t>(b * p.Hq + hq)] = d_sink;
+    }
+  };
+  for_each_task(parallel, workers, tasks, [&](int64_t task, int worker) {
+    double* scores = scratch.data() + 2 * worker * p.Lk;
+    double* cap_derivative = scores + p.Lk;
+    const int64_t b0 = task / head_tasks, b1 = joins_batches ? p.B : b0 + 1;
+    const int64_t h0 = task % head_tasks, h1 = joins_heads ? p.Hkv : h0 + 1;
+    for (int64_t b = b0; b < b1; ++b) {
+      for (int64_t hkv = h0; hkv < h1; ++hkv) backward_heads(b, hkv, scores, cap_derivative);
+    }
+  });
+
+  if (params.d_sinks) {
+    double* d_sinks = static_cast<double*>(params.d_sinks);
+    for (int64_t hq = 0; hq < p.Hq; ++hq) {
+      d_sinks[hq] = 0.0;
+      for (int64_t b = 0; b < p.B; ++b) d_sinks[hq] += sink_parts[static_cast<size_t>(b * p.Hq + hq)];
+    }
+  }
+}
+
+}  // namespace fastattn::cpu
