@@ -1,0 +1,107 @@
+# fastattn: `make` lists the targets. Everything is installed into .venv and built inside this folder.
+#
+#   TORCH=torch==2.14.1    another torch (the built library serves every torch from 2.10 on)
+#   PYTHON=python3.12      the interpreter that .venv is made from
+#   MAX_JOBS=1             compilers at a time (default: by cores and free memory)
+#   PYTEST_ARGS=... BENCH_ARGS=...   passed on, e.g. PYTEST_ARGS="-k causal" BENCH_ARGS=--quick
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# A compiler on these sources needs about 1.5 GB: as many as there are cores and gigabytes for.
+MAX_JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
+	mb=$$(awk '/^MemAvailable/ {print int($$2 / 1024)}' /proc/meminfo 2>/dev/null); \
+	fit=$$(( $${mb:-4096} / 1536 )); [ $$fit -ge 1 ] || fit=1; [ $$fit -le $$cores ] && echo $$fit || echo $$cores)
+export MAX_JOBS
+
+VENV := .venv
+PY := $(VENV)/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# .venv's tools (ninja, cmake) come first: a fresh machine has none, and an old one may have old ones.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+# One stamp for each value of TORCH, so that asking for another one installs it.
+INSTALLED := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.+=_-' '_')
+EXTENSION := build/.extension
+CORE := build/cmake/.built
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help bench test venv build core lint format typecheck sanitize wheel clean distclean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@echo "fastattn: fused attention kernels for PyTorch"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST) | head -n 4
+
+bench: build  ## compare with PyTorch SDPA: a table, a plot, and a model trained on real data
+	$(PY) -m bench $(BENCH_ARGS)
+
+test: build core  ## build everything and run the tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+venv: $(INSTALLED)  ## make .venv with torch and the tools
+
+build: $(EXTENSION)  ## compile the extension and make fastattn importable from .venv
+
+core: $(CORE)  ## compile the torch-free engine's test module and C++ tests
+
+lint: venv  ## check formatting, lint and types
+	scripts/lint.sh
+
+format: venv  ## rewrite C++ and Python sources in the project's format
+	scripts/lint.sh --fix
+
+typecheck: venv  ## check types alone
+	$(PY) -m mypy
+
+sanitize: venv  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	scripts/sanitize.sh
+
+wheel: venv  ## build the sdist and, from it, the wheel into dist/
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist
+	@ls -l dist
+
+clean:  ## remove what was built
+	rm -rf build dist fastattn.egg-info fastattn/*.so .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf $(VENV)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastattn: Python 3.10 or later is needed; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "fastattn: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# fastattn itself is put on the path by a .pth file, as an editable install would, but without compiling it twice.
+$(INSTALLED): pyproject.toml scripts/requirements.py | $(PY)
+	@command -v $(CXX) >/dev/null || \
+	  { echo "fastattn: no C++ compiler ($(CXX)); on Debian and Ubuntu: apt install g++" >&2; exit 1; }
+	rm -f $(VENV)/.installed-*
+	$(PY) scripts/requirements.py bench test dev > $(VENV)/requirements.txt
+	$(PY) -m pip install --progress-bar off $(TORCH) -r $(VENV)/requirements.txt
+	echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastattn.pth"
+	touch $@
+
+$(EXTENSION): setup.py $(NATIVE_SOURCES) $(INSTALLED)
+	$(PY) setup.py build_ext --inplace
+	@mkdir -p $(@D)
+	touch $@
+
+$(CORE): CMakeLists.txt $(NATIVE_SOURCES) $(INSTALLED)
+	@$(PY) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	  { echo "fastattn: Python.h is missing, which the test module needs; on Debian and Ubuntu: apt install python3-dev" >&2; \
+	    exit 1; }
+	cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(CURDIR)/$(PY)" \
+	  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
+	cmake --build build/cmake --parallel $(MAX_JOBS)
+	touch $@
