@@ -62,8 +62,8 @@ double dot(const double* x, const double* y, int64_t n) {
   for (; d + 8 <= n; d += 8) {
     for (int lane = 0; lane < 8; ++lane) partial[lane] += x[d + lane] * y[d + lane];
   }
-  double sum = ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
-               ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+  double sum =
+      ((partial[0] + partial[4]) + (partial[2] + partial[6])) + ((partial[1] + partial[5]) + (partial[3] + partial[7]));
   for (; d < n; ++d) sum += x[d] * y[d];
   return sum;
 }
@@ -237,7 +237,8 @@ void zero_bias_gradient(const AttentionGradParams& g) {
   for (int64_t b = 0; b < extent[0]; ++b) {
     for (int64_t h = 0; h < extent[1]; ++h) {
       for (int64_t i = 0; i < extent[2]; ++i) {
-        for (int64_t j = 0; j < extent[3]; ++j) base[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]] = 0.0;
+        for (int64_t j = 0; j < extent[3]; ++j)
+          base[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]] = 0.0;
       }
     }
   }
