@@ -42,6 +42,7 @@ bench: build  ## compare with PyTorch SDPA: a table, a plot, and a model trained
 	$(PY) -m bench $(BENCH_ARGS)
 
 test: build core  ## build everything and run the tests
+	ctest --test-dir build/cmake --output-on-failure --no-tests=error
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 venv: $(INSTALLED)  ## make .venv with torch and the tools
@@ -101,7 +102,6 @@ $(CORE): CMakeLists.txt $(NATIVE_SOURCES) $(INSTALLED)
 	@$(PY) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
 	  { echo "fastattn: Python.h is missing, which the test module needs; on Debian and Ubuntu: apt install python3-dev" >&2; \
 	    exit 1; }
-	cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(CURDIR)/$(PY)" \
-	  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
+	cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(CURDIR)/$(PY)"
 	cmake --build build/cmake --parallel $(MAX_JOBS)
 	touch $@
