@@ -1,4 +1,4 @@
-"""The oracle itself: against PyTorch's own attention, and against loops that follow the definition one pair at a time."""
+"""The oracle itself: against PyTorch's own attention, and loops that follow the definition pair by pair."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("Lq, Lk, D, Dv", [(5, 7, 4, 4), (7, 5, 3, 6), (1, 9, 8, 1), (6, 6, 1, 2)])
+@pytest.mark.parametrize(("Lq", "Lk", "D", "Dv"), [(5, 7, 4, 4), (7, 5, 3, 6), (1, 9, 8, 1), (6, 6, 1, 2)])
 @pytest.mark.parametrize("kind", ["dense", "causal", "bool", "float", "scale", "gqa"])
 def test_agrees_with_sdpa_math(Lq: int, Lk: int, D: int, Dv: int, kind: str) -> None:
     """Values and gradients of scaled_dot_product_attention's math backend, for everything that it can do."""
@@ -43,7 +43,9 @@ def test_agrees_with_sdpa_math(Lq: int, Lk: int, D: int, Dv: int, kind: str) -> 
         expected = F.scaled_dot_product_attention(q, k, v, **theirs)  # type: ignore[arg-type]
     got = reference.attention(q, k, v, **ours)  # type: ignore[arg-type]
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    for mine, other in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
+    for mine, other in zip(
+        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
 
 
@@ -106,19 +108,19 @@ def test_agrees_with_loops(seed: int) -> None:
     slopes = randn(*dice.choice([(Hq,), (B, Hq)]), seed=seed + 4).abs()
     side = lambda: dice.choice([None, 0, 1, 2, 9])  # noqa: E731
     dropout_p = dice.choice([0.0, 0.0, 0.3])
-    kwargs = dict(
-        causal=dice.choice([False, "top_left", "bottom_right"]),
-        window=maybe((side(), side())),
-        scale=maybe(0.7),
-        softcap=maybe(1.5),
-        bias=maybe(bias),
-        mask=maybe(mask),
-        alibi_slopes=maybe(slopes),
-        sinks=maybe(randn(Hq, seed=seed + 5)),
-        kv_lengths=maybe(torch.tensor([dice.randint(0, Lk) for _ in range(B)], dtype=torch.int32)),
-        dropout_p=dropout_p,
-        dropout_keep=randn(B, Hq, Lq, Lk, seed=seed + 6) > -0.5 if dropout_p else None,
-    )
+    kwargs = {
+        "causal": dice.choice([False, "top_left", "bottom_right"]),
+        "window": maybe((side(), side())),
+        "scale": maybe(0.7),
+        "softcap": maybe(1.5),
+        "bias": maybe(bias),
+        "mask": maybe(mask),
+        "alibi_slopes": maybe(slopes),
+        "sinks": maybe(randn(Hq, seed=seed + 5)),
+        "kv_lengths": maybe(torch.tensor([dice.randint(0, Lk) for _ in range(B)], dtype=torch.int32)),
+        "dropout_p": dropout_p,
+        "dropout_keep": randn(B, Hq, Lq, Lk, seed=seed + 6) > -0.5 if dropout_p else None,
+    }
     q, k, v = randn(B, Hq, Lq, D, seed=seed), randn(B, Hkv, Lk, D, seed=seed + 7), randn(B, Hkv, Lk, Dv, seed=seed + 8)
     o, lse = reference.attention(q, k, v, **kwargs, return_lse=True)  # type: ignore[arg-type, misc]
     expected_o, expected_lse = by_loops(q, k, v, **kwargs)
@@ -137,16 +139,16 @@ def everything_small() -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
         randn(1, 2, 1, 4, seed=4),
         randn(2, seed=5),
     )
-    rest = dict(
-        causal="bottom_right",
-        window=(2, None),
-        softcap=2.0,
-        alibi_slopes=torch.tensor([0.5, 0.25], dtype=torch.float64),
-        mask=mask,
-        kv_lengths=torch.tensor([3, 0], dtype=torch.int32),
-        dropout_p=0.25,
-        dropout_keep=randn(2, 2, 3, 4, seed=6) > -0.5,
-    )
+    rest = {
+        "causal": "bottom_right",
+        "window": (2, None),
+        "softcap": 2.0,
+        "alibi_slopes": torch.tensor([0.5, 0.25], dtype=torch.float64),
+        "mask": mask,
+        "kv_lengths": torch.tensor([3, 0], dtype=torch.int32),
+        "dropout_p": 0.25,
+        "dropout_keep": randn(2, 2, 3, 4, seed=6) > -0.5,
+    }
     return tuple(x.requires_grad_() for x in inputs), rest
 
 
@@ -173,8 +175,10 @@ def test_masked_rows_have_no_nan(fill: float) -> None:
     grads = torch.autograd.grad([o, lse], [q, k, v, bias], [torch.ones_like(o), torch.ones_like(lse)])
     assert all(g.isfinite().all() for g in grads)
     if fill == -math.inf:
-        assert (o[:, :, 1] == 0).all() and (lse[:, :, 1] == -math.inf).all()
-        assert (grads[0][:, :, 1] == 0).all() and (grads[3][:, :, 1] == 0).all()
+        assert (o[:, :, 1] == 0).all()
+        assert (lse[:, :, 1] == -math.inf).all()
+        assert (grads[0][:, :, 1] == 0).all()
+        assert (grads[3][:, :, 1] == 0).all()
     elif fill != -1e9:
         torch.testing.assert_close(o[:, :, 1], v.mean(dim=2))
 
@@ -188,7 +192,8 @@ def test_what_does_not_exist_is_not_used() -> None:
     o, lse = reference.attention(q, k, v, kv_lengths=lengths, return_lse=True)
     grads = torch.autograd.grad([o, lse], inputs, [torch.ones_like(o), torch.ones_like(lse)])
     assert all(x.isfinite().all() for x in (o, lse, *grads))
-    assert (grads[1][1, :, 2:] == 0).all() and (grads[2][1, :, 2:] == 0).all()
+    assert (grads[1][1, :, 2:] == 0).all()
+    assert (grads[2][1, :, 2:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -197,6 +202,7 @@ def test_baseline_stays_in_its_dtype(dtype: torch.dtype) -> None:
     q, k, v = (randn(1, 2, 9, 16, seed=s).to(dtype) for s in range(3))
     o, lse = reference.attention(q, k, v, softcap=2.0, return_lse=True)
     exact, _ = reference.attention(q, k, v, softcap=2.0, return_lse=True, dtype=torch.float64)
-    assert o.dtype == lse.dtype == dtype and exact.dtype == torch.float64
+    assert o.dtype == lse.dtype == dtype
+    assert exact.dtype == torch.float64
     error = (o.double() - exact).abs().max().item()
     assert 0.1 * torch.finfo(dtype).eps < error < 8 * torch.finfo(dtype).eps

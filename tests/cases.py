@@ -1,0 +1,480 @@
+"""The one table of cases, shared by the tests and by bench/: what a case is, the inputs it stands for, and the list.
+
+for case in CASES:
+    inputs = make_inputs(case, torch.bfloat16)
+    o = fastattn.attention(inputs.q, inputs.k, inputs.v, **inputs.kwargs)
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "blhd", "qkv", "offset", "expanded", "repeated_key", "columns")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem: its shape, its features and how its tensors lie in memory. Everything but the numbers.
+
+    Shapes of bias and mask are written as the dimensions that they have, in order, out of b, h, q and k, with a 1 for
+    one that is broadcast: "bhqk" is full, "1h1k" is (1, Hq, 1, Lk), "qk" is (Lq, Lk), "" is a single number.
+    """
+
+    Lq: int
+    Lk: int
+    D: int = 16
+    Dv: int | None = None  # None: D
+    B: int = 1
+    Hkv: int = 2
+    gqa: int = 1  # query heads per key head
+
+    causal: str | bool = False
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    bias: str | None = None
+    bias_values: str = "normal"  # normal | -inf | -1e9 | min: the last three hide a third of the keys and whole rows
+    bias_float32: bool = False  # for 16-bit inputs; else it has their dtype
+    mask: str | None = None
+    mask_values: str = "random"  # random | rows | blocks | padding | none | all
+    alibi: str | None = None  # "h" | "bh"
+    sinks: bool = False
+    kv_lengths: tuple[int, ...] | None = None
+    dropout_p: float = 0.0
+
+    layout: str = "contiguous"
+    heavy: bool = False  # long sequences, for what only they reach: tests run these in few dtypes
+
+    def __post_init__(self) -> None:
+        assert self.layout in LAYOUTS
+        assert self.kv_lengths is None or len(self.kv_lengths) == self.B
+
+    @property
+    def Hq(self) -> int:
+        return self.Hkv * self.gqa
+
+    @property
+    def value_dim(self) -> int:
+        return self.D if self.Dv is None else self.Dv
+
+    @property
+    def id(self) -> str:
+        """What a reader needs, and unlike every other case's: causal-win3_all-Lq127-Lk129-D64-gqa4."""
+        parts: list[str] = []
+        if self.causal:
+            parts.append("topleft" if self.causal == "top_left" else "causal")
+        if self.window is not None:
+            parts.append("win" + "_".join("all" if side is None else str(side) for side in self.window))
+        if self.scale is not None:
+            parts.append(f"scale{self.scale:g}")
+        if self.softcap is not None:
+            parts.append(f"cap{self.softcap:g}")
+        if self.bias is not None:
+            values = "" if self.bias_values == "normal" else f"({self.bias_values})"
+            parts.append(f"bias{32 if self.bias_float32 else ''}_{self.bias or 'scalar'}{values}")
+        if self.mask is not None:
+            values = "" if self.mask_values == "random" else f"({self.mask_values})"
+            parts.append(f"mask_{self.mask or 'scalar'}{values}")
+        if self.alibi is not None:
+            parts.append("alibi" if self.alibi == "h" else "alibi_bh")
+        if self.sinks:
+            parts.append("sinks")
+        if self.kv_lengths is not None:
+            parts.append("lens" + "_".join(map(str, self.kv_lengths)))
+        if self.dropout_p:
+            parts.append(f"drop{self.dropout_p:g}")
+        parts = parts or ["dense"]
+        parts += [f"Lq{self.Lq}", f"Lk{self.Lk}", f"D{self.D}"]
+        if self.value_dim != self.D:
+            parts.append(f"Dv{self.Dv}")
+        if self.B != 1:
+            parts.append(f"B{self.B}")
+        if self.Hkv != 2:
+            parts.append(f"H{self.Hq}")
+        if self.gqa != 1:
+            parts.append("mqa" if self.Hkv == 1 else f"gqa{self.gqa}")
+        if self.layout != "contiguous":
+            parts.append(self.layout)
+        return "-".join(parts)
+
+    def sizes(self, shape: str) -> tuple[int, ...]:
+        """The shape that a string such as "1h1k" stands for."""
+        size = {"1": 1, "b": self.B, "h": self.Hq, "q": self.Lq, "k": self.Lk}
+        return tuple(size[dim] for dim in shape)
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case; `kwargs` go to fastattn.attention as they are."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_o: Tensor  # upstream gradients: like o, and (B, Hq, Lq) in lse's dtype
+    d_lse: Tensor
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def differentiable(self) -> dict[str, Tensor]:
+        """What has a gradient, by name: q, k, v and, where the case has them, bias and sinks."""
+        named = {"q": self.q, "k": self.k, "v": self.v}
+        return named | {name: self.kwargs[name] for name in ("bias", "sinks") if self.kwargs.get(name) is not None}
+
+    def require_grad(self) -> Inputs:
+        for x in self.differentiable().values():
+            x.requires_grad_()
+        return self
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """x's numbers, (B, H, L, D), arranged in memory as the layout says; "expanded" and "repeated_key" repeat some."""
+    B, H, L, D = x.shape
+    if layout == "blhd":  # heads inside rows, as projections leave them
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "qkv":  # one of three in a packed projection
+        packed = torch.zeros(B, L, 3, H, D, dtype=x.dtype)
+        packed[:, :, 1] = x.transpose(1, 2)
+        return packed[:, :, 1].transpose(1, 2)
+    if layout == "offset":  # rows wider than D, neither they nor the first element aligned to anything
+        wide = torch.zeros(B, H, L + 2, D + 3, dtype=x.dtype)
+        wide[:, :, 1 : L + 1, 1 : D + 1] = x
+        return wide[:, :, 1 : L + 1, 1 : D + 1]
+    if layout == "expanded":  # one head serves all heads and sequences, stride 0
+        return x[:1, :1].contiguous().expand(B, H, L, D) if B and H else x
+    if layout == "repeated_key":  # one row serves all rows, stride 0
+        return x[:, :, :1].contiguous().expand(B, H, L, D) if L else x
+    if layout == "columns":  # the last dimension is not the contiguous one
+        return x.mT.contiguous().mT
+    return x
+
+
+def _hide(shape: tuple[int, ...], rows: bool, generator: torch.Generator) -> Tensor:
+    """Bool, True = hidden: a third of the entries, and with `rows` every fifth row (of the last dimension) wholly."""
+    hidden = torch.rand(shape, generator=generator) < 1 / 3
+    if rows and len(shape) >= 2:
+        hidden[..., 1::5, :] = True
+    return hidden
+
+
+def _make_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    shape = case.sizes(case.bias or "")
+    if case.bias_float32 and dtype.itemsize == 2:
+        dtype = torch.float32
+    bias = torch.randn(shape, generator=generator)
+    if case.bias_values != "normal":
+        hidden = _hide(shape, True, generator)
+        # -1e9 does not exist in float16 and becomes -inf there, as it does for whoever writes it.
+        fill = torch.finfo(dtype).min if case.bias_values == "min" else float(case.bias_values)
+        return bias.to(dtype).masked_fill(hidden, fill)
+    return bias.to(dtype)
+
+
+def _make_mask(case: Case, generator: torch.Generator) -> Tensor:
+    shape = case.sizes(case.mask or "")
+    if case.mask_values in ("none", "all"):
+        return torch.full(shape, case.mask_values == "all")
+    if case.mask_values == "blocks":  # every other 64 x 64 tile empty, the others full
+        i, j = torch.arange(shape[-2]).view(-1, 1) // 64, torch.arange(shape[-1]) // 64
+        return ((i + j) % 2 == 0).expand(shape).contiguous()
+    if case.mask_values == "padding":  # the last keys are hidden, more of them in each sequence
+        keep = torch.ones(shape, dtype=torch.bool)
+        for b in range(keep.shape[0]):
+            keep[b, ..., max(0, case.Lk - 7 * (b + 1)) :] = False
+        return keep
+    return ~_hide(shape, case.mask_values == "rows", generator)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """The same numbers every time, and for every dtype, up to rounding: normal variates, one stream per case."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()) + seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    B, Hq, Hkv, Lq, Lk = case.B, case.Hq, case.Hkv, case.Lq, case.Lk
+    q, k, v, d_o = (
+        x.to(dtype)
+        for x in (randn(B, Hq, Lq, case.D), randn(B, Hkv, Lk, case.D), randn(B, Hkv, Lk, case.value_dim),
+                  randn(B, Hq, Lq, case.value_dim))
+    )  # fmt: skip
+    d_lse = randn(B, Hq, Lq).to(accumulator(dtype))
+
+    layout = case.layout
+    only_keys = layout in ("expanded", "repeated_key")
+    if layout == "expanded" and d_o.numel():
+        d_o = d_o.flatten()[0].expand_as(d_o)  # what o.sum().backward() hands down
+    elif not only_keys:
+        d_o = in_layout(d_o, layout)
+    q = q if only_keys else in_layout(q, layout)
+    k, v = in_layout(k, layout), in_layout(v, layout)
+
+    kwargs: dict[str, Any] = {}
+    if case.causal:
+        kwargs["causal"] = case.causal
+    for name in ("window", "scale", "softcap"):
+        if getattr(case, name) is not None:
+            kwargs[name] = getattr(case, name)
+    if case.bias is not None:
+        kwargs["bias"] = _make_bias(case, dtype, generator)
+    if case.mask is not None:
+        kwargs["mask"] = _make_mask(case, generator)
+    if case.alibi is not None:
+        kwargs["alibi_slopes"] = torch.rand(case.sizes(case.alibi), generator=generator).to(accumulator(dtype))
+    if case.sinks:
+        kwargs["sinks"] = (2 * randn(Hq)).to(accumulator(dtype))
+    if layout != "contiguous":
+        for name in ("bias", "mask"):
+            if name in kwargs and kwargs[name].dim() >= 2:
+                kwargs[name] = kwargs[name].mT.contiguous().mT  # keys are the slow dimension
+    if case.kv_lengths is not None:
+        kwargs["kv_lengths"] = torch.tensor(case.kv_lengths, dtype=torch.int32)
+    if case.dropout_p:
+        kwargs["dropout_p"] = case.dropout_p
+    return Inputs(q, k, v, d_o, d_lse, kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------- the list
+
+# Around the sizes that kernels cut lengths into, T: T - 1, T, T + 1 and 3T + 5.
+TILES = (16, 64, 96)
+LENGTHS = (0, 1, *sorted(n for T in TILES for n in (T - 1, T, T + 1, 3 * T + 5)))
+DIMS = (1, 3, 8, 17, 32, 64, 80, 96, 128, 192, 256, 300)
+SHAPES = tuple(
+    "".join(dim if bits >> n & 1 else "1" for n, dim in enumerate("bhqk")) for bits in range(16)
+)  # all 16 of (b or 1)(h or 1)(q or 1)(k or 1)
+
+
+def _lengths() -> list[Case]:
+    """Every pair of lengths once, and the telling ones with every kind of interval mask."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"causal": "bottom_right"},
+        {"causal": "top_left"},
+        {"window": (20, 10)},
+    ]
+    cases = []
+    for n, Lq in enumerate(LENGTHS):
+        for m, Lk in enumerate(LENGTHS):
+            kind = kinds[(n + m) % len(kinds)]
+            cases.append(Case(Lq, Lk, D=(8, 16, 32, 64)[(n + 3 * m) % 4], Hkv=1 + (n + m) % 2, **kind))
+    telling = (1, 16, 53, 64, 65, 97, 197)
+    cases += [Case(Lq, Lk, D=24, **kind) for Lq in telling for Lk in telling for kind in kinds]
+    return cases
+
+
+def _dims() -> list[Case]:
+    """Every head dim, alone and with another one for the values, with many rows and with few."""
+    cases = []
+    for n, D in enumerate(DIMS):
+        Dv = DIMS[(n + 5) % len(DIMS)]
+        for shape in ({"Lq": 70, "Lk": 131}, {"Lq": 2, "Lk": 67}, {"Lq": 1, "Lk": 40, "gqa": 4}):
+            cases += [Case(D=D, **shape), Case(D=D, Dv=Dv, causal="bottom_right", **shape)]
+    return cases
+
+
+def _gqa() -> list[Case]:
+    cases = []
+    for Hkv, gqa in ((2, 1), (2, 2), (2, 4), (1, 8), (1, 3), (3, 5)):
+        for Lq, Lk in ((1, 77), (5, 77), (70, 66), (17, 130)):
+            cases.append(Case(Lq, Lk, D=32, B=2, Hkv=Hkv, gqa=gqa, causal="bottom_right"))
+            cases.append(Case(Lq, Lk, D=20, Dv=12, B=2, Hkv=Hkv, gqa=gqa, bias="1hqk"))
+    return cases
+
+
+def _windows() -> list[Case]:
+    cases = []
+    sides = ((0, 0), (0, None), (None, 0), (3, 5), (None, 7), (7, None), (64, 0), (100, 30), (5000, 5000), (None, None))
+    for window in sides:
+        for causal in (False, "top_left", "bottom_right"):
+            for Lq, Lk in ((70, 131), (131, 70), (197, 197)):
+                cases.append(Case(Lq, Lk, D=16, causal=causal, window=window))
+    # Far from the corner: rows, and whole tiles, that see nothing.
+    cases += [Case(300, 40, D=16, causal=causal, window=(5, 5)) for causal in (False, "top_left", "bottom_right")]
+    cases += [Case(40, 300, D=16, causal=causal, window=(5, 5)) for causal in (False, "top_left", "bottom_right")]
+    return cases
+
+
+def _bias_and_mask() -> list[Case]:
+    cases = []
+    small: dict[str, Any] = {"Lq": 19, "Lk": 70, "D": 8, "B": 2, "gqa": 2}
+    for shape in SHAPES:
+        cases.append(Case(**small, bias=shape))
+        cases.append(Case(**small, mask=shape))
+        cases.append(Case(**small, bias=shape, mask=SHAPES[-1 - SHAPES.index(shape)], causal="bottom_right"))
+    # Fewer dimensions than four.
+    for shape in ("", "k", "1", "qk", "q1", "hqk", "h1k"):
+        cases += [Case(**small, bias=shape), Case(**small, mask=shape)]
+    # More than one tile each way, and one row.
+    for shape in ("bhqk", "11qk", "1hqk", "b11k", "bh1k", "b1q1", "1h11"):
+        cases.append(Case(70, 133, D=32, B=2, gqa=2, bias=shape))
+        cases.append(Case(197, 67, D=32, B=2, bias=shape, causal="top_left"))
+        cases.append(Case(1, 133, D=32, B=2, gqa=2, bias=shape, mask="b11k"))
+        cases.append(Case(3, 50, D=32, B=2, gqa=4, bias=shape))
+    for shape in ("bhqk", "11qk", "1h1k"):
+        cases += [Case(50, 77, D=24, B=2, gqa=2, bias=shape, bias_float32=True, bias_values=values)
+                  for values in ("normal", "min", "-1e9", "-inf")]  # fmt: skip
+        cases += [Case(50, 77, D=24, B=2, gqa=2, bias=shape, bias_values=values) for values in ("min", "-1e9", "-inf")]
+        cases += [Case(130, 140, D=16, B=2, bias=shape, bias_values=values, causal="bottom_right")
+                  for values in ("min", "-1e9", "-inf")]  # fmt: skip
+    for values in ("rows", "blocks", "padding", "none", "all"):
+        for shape in ("11qk", "bhqk"):
+            cases.append(Case(150, 210, D=16, B=2, gqa=2, mask=shape, mask_values=values))
+            cases.append(Case(210, 150, D=16, B=2, mask=shape, mask_values=values, causal="bottom_right"))
+    cases += [Case(1, 210, D=16, B=2, mask=shape, mask_values=values)
+              for shape in ("b11k", "bhqk") for values in ("padding", "none")]  # fmt: skip
+    return cases
+
+
+def _modifiers() -> list[Case]:
+    """ALiBi, softcap, sinks, lengths, scale and dropout, alone and with the masks that it may be mixed up with."""
+    cases = []
+    for causal in (False, "top_left", "bottom_right"):
+        for Lq, Lk in ((70, 131), (131, 70), (1, 77)):
+            for alibi in ("h", "bh"):
+                cases.append(Case(Lq, Lk, D=16, B=2, gqa=2, causal=causal, alibi=alibi))
+            cases.append(Case(Lq, Lk, D=16, B=2, causal=causal, alibi="h", kv_lengths=(Lk, Lk // 2)))
+            cases.append(Case(Lq, Lk, D=16, B=2, causal=causal, sinks=True))
+            cases.append(Case(Lq, Lk, D=16, B=2, gqa=2, causal=causal, kv_lengths=(Lk // 3, Lk - 1)))
+            cases.append(Case(Lq, Lk, D=16, B=2, gqa=2, causal=causal, window=(9, 4), kv_lengths=(Lk // 3, Lk)))
+    cases += [Case(70, 131, D=16, softcap=cap, **more)
+              for cap in (0.5, 5.0, 50.0)
+              for more in ({}, {"causal": "bottom_right"}, {"bias": "11qk"}, {"scale": 3.0})]  # fmt: skip
+    cases += [Case(70, 131, D=64, scale=scale, causal=causal)
+              for scale in (-0.3, 0.0, 1e-4, 1.0) for causal in (False, "bottom_right")]  # fmt: skip
+    cases += [Case(5, 40, D=64, scale=scale) for scale in (-0.3, 0.0, 1.0)]
+    cases += [Case(19, 70, D=16, B=3, kv_lengths=lengths, **more)
+              for lengths in ((0, 0, 0), (70, 70, 70), (0, 1, 69), (64, 65, 16))
+              for more in ({}, {"causal": "bottom_right"}, {"causal": "top_left"}, {"sinks": True},
+                           {"mask": "bhqk", "mask_values": "rows"}, {"bias": "1h1k"})]  # fmt: skip
+    cases += [Case(1, 70, D=16, B=3, gqa=4, kv_lengths=(0, 1, 69), **more) for more in ({}, {"sinks": True})]
+    cases += [Case(40, 50, D=16, sinks=True, **more)
+              for more in ({"window": (2, 2)}, {"mask": "11qk", "mask_values": "rows"},
+                           {"mask": "", "mask_values": "none"},
+                           {"bias": "1hqk", "bias_values": "-inf"}, {"bias": "1hqk", "bias_values": "min"},
+                           {"gqa": 4}, {"softcap": 2.0})]  # fmt: skip
+    for p in (0.1, 0.5, 0.9, 1.0):
+        cases.append(Case(70, 131, D=16, B=2, dropout_p=p))
+        cases.append(Case(131, 70, D=32, dropout_p=p, causal="bottom_right", gqa=2))
+        cases.append(Case(3, 70, D=32, dropout_p=p, gqa=4, bias="11qk"))
+        cases.append(Case(19, 37, D=16, dropout_p=p, sinks=True, mask="11qk", mask_values="rows", kv_lengths=(30,)))
+    return cases
+
+
+def _layouts() -> list[Case]:
+    cases = []
+    for layout in LAYOUTS[1:]:
+        cases.append(Case(70, 131, D=32, B=2, gqa=2, layout=layout))
+        cases.append(Case(67, 35, D=17, Dv=24, B=2, gqa=2, causal="bottom_right", layout=layout))
+        cases.append(Case(1, 50, D=32, B=2, gqa=2, layout=layout))
+        cases.append(Case(33, 66, D=16, B=2, bias="1hqk", mask="b1qk", sinks=True, layout=layout))
+    return cases
+
+
+def _combinations(count: int = 140) -> list[Case]:
+    """Random mixtures of everything, the same ones every time."""
+    dice = random.Random(7)
+
+    def maybe(chance: float, value: Any, otherwise: Any = None) -> Any:
+        return value if dice.random() < chance else otherwise
+
+    cases = []
+    for _ in range(count):
+        B, D = dice.choice((1, 2)), dice.choice((4, 16, 33, 64))
+        Lq, Lk = dice.choice((1, 4, 17, 64, 90, 130)), dice.choice((1, 16, 50, 65, 128, 200))
+        side = lambda: dice.choice((None, 0, 3, 40))  # noqa: E731
+        layouts = ("contiguous", "blhd", "offset", "columns")
+        cases.append(
+            Case(
+                Lq,
+                Lk,
+                D=D,
+                Dv=maybe(0.3, dice.choice((8, 48))),
+                B=B,
+                Hkv=dice.choice((1, 2)),
+                gqa=dice.choice((1, 1, 2, 3)),
+                causal=dice.choice((False, "top_left", "bottom_right")),
+                window=maybe(0.3, (side(), side())),
+                scale=maybe(0.2, 0.4),
+                softcap=maybe(0.3, 4.0),
+                bias=maybe(0.4, dice.choice(SHAPES)),
+                bias_values=dice.choice(("normal", "normal", "-inf", "min")),
+                bias_float32=maybe(0.3, True, False),
+                mask=maybe(0.4, dice.choice(SHAPES)),
+                mask_values=dice.choice(("random", "random", "rows")),
+                alibi=maybe(0.3, dice.choice(("h", "bh"))),
+                sinks=maybe(0.4, True, False),
+                kv_lengths=maybe(0.3, tuple(dice.randint(0, Lk) for _ in range(B))),
+                dropout_p=maybe(0.25, 0.3, 0.0),
+                layout=dice.choice(layouts),
+            )
+        )
+    return cases
+
+
+def _long() -> list[Case]:
+    """Long enough for one head to be cut into chunks of keys, and for tiles to be skipped far from the diagonal."""
+    long: dict[str, Any] = {"Hkv": 1, "heavy": True}
+    return [
+        Case(1100, 1100, D=64, **long),
+        Case(1100, 1100, D=64, causal="bottom_right", **long),
+        Case(1, 4100, D=64, gqa=4, **long),
+        Case(5, 3000, D=32, gqa=2, causal="bottom_right", **long),
+        Case(700, 2100, D=16, window=(300, 0), sinks=True, **long),
+        Case(2100, 300, D=16, gqa=2, bias="1h1k", **long),
+        Case(900, 1300, D=16, B=2, bias="11qk", mask="11qk", mask_values="blocks", dropout_p=0.2, **long),
+        Case(1300, 900, D=16, B=2, alibi="h", causal="top_left", kv_lengths=(900, 411), **long),
+    ]
+
+
+def _unique(cases: list[Case]) -> list[Case]:
+    return list({case.id: case for case in cases}.values())
+
+
+CASES: list[Case] = _unique(
+    _lengths()
+    + _dims()
+    + _gqa()
+    + _windows()
+    + _bias_and_mask()
+    + _modifiers()
+    + _layouts()
+    + _combinations()
+    + _long()
+)
+
+
+def find(case_id: str) -> Case:
+    """The case with this id."""
+    return next(case for case in CASES if case.id == case_id)
+
+
+# ------------------------------------------------------------------------------------------------- what bench/ times
+
+
+def bench_case(L: int, D: int = 64, *, H: int = 8, **features: Any) -> Case:
+    return replace(Case(L, L, D=D, Hkv=H), **features)
+
+
+BENCH_CASES: list[Case] = [
+    bench_case(2048, 64),
+    bench_case(2048, 128),
+    bench_case(2048, 64, causal="top_left"),
+    bench_case(512, 64, causal="top_left"),
+    bench_case(197, 64, H=12, B=8),
+    bench_case(8192, 64),
+    bench_case(8192, 64, causal="bottom_right", window=(256, 0)),
+    bench_case(2048, 64, mask="11qk", mask_values="blocks"),
+    bench_case(2048, 64, bias="1hqk"),
+    bench_case(2048, 128, H=4, gqa=8, causal="top_left"),
+    bench_case(4096, 64, H=1),
+    Case(1, 4096, D=128, Hkv=8, gqa=4),
+]
