@@ -19,6 +19,7 @@
 
 #include "core/mask.h"
 #include "core/philox.h"
+#include "core/score.h"
 
 namespace fastattn::cpu {
 namespace {
@@ -102,9 +103,7 @@ struct Row {
     }
     if (p.alibi_slopes) {
       const double slope = static_cast<const double*>(p.alibi_slopes)[b * p.alibi_stride[0] + hq * p.alibi_stride[1]];
-      // The distance to the bottom-right diagonal of the sequence's own keys, whichever way a causal mask is aligned.
-      const int64_t distance = i + geometry.Lk - geometry.Lq - j;
-      sum -= slope * static_cast<double>(distance < 0 ? -distance : distance);
+      sum -= slope * static_cast<double>(alibi_distance(geometry, i, j));
     }
     return sum;
   }
@@ -128,8 +127,8 @@ struct Row {
       double derivative = 1.0;
       if (p.softcap > 0.0) {
         const double t = std::tanh(score / p.softcap);
-        score = p.softcap * t;
-        derivative = 1.0 - t * t;
+        score = softcap_value(t, p.softcap);
+        derivative = softcap_derivative(t);
       }
       scores[j - begin] = score + addend(j);
       if (cap_derivative) cap_derivative[j - begin] = derivative;

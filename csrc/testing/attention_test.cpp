@@ -1,0 +1,658 @@
+// The kernels of every instruction set that this processor has, in float32, bfloat16 and float16, forward and backward,
+// against the plain float64 path on the same (rounded) inputs.
+//
+// Buffers end where their last element ends and rows are followed by NaN, so that AddressSanitizer sees a read or write
+// past an end and the comparison sees one within. Keys past kv_lengths are NaN. The tolerances are wide enough for any
+// sound rounding; tests/test_parity.py has the tight bound, relative to plain code in the same type.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "core/mask.h"
+#include "cpu/attention.h"
+#include "cpu/plain.h"
+#include "testing/check.h"
+#include "testing/half.h"
+#include "testing/threads.h"
+
+namespace {
+
+using fastattn::AttentionGradParams;
+using fastattn::AttentionParams;
+using fastattn::Causal;
+using fastattn::DType;
+using fastattn::kUnlimited;
+using fastattn::cpu::Isa;
+using fastattn::cpu::Parallel;
+using fastattn::testing::BFloat16;
+using fastattn::testing::Float16;
+using fastattn::testing::from_float;
+using fastattn::testing::to_float;
+
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  static constexpr DType dtype = DType::kFloat32;
+  static constexpr const char* name = "float32";
+  static constexpr double output_tolerance = 2e-5, gradient_tolerance = 5e-5, lse_tolerance = 1e-5;
+};
+template <>
+struct Traits<BFloat16> {
+  static constexpr DType dtype = DType::kBFloat16;
+  static constexpr const char* name = "bfloat16";
+  static constexpr double output_tolerance = 1.5e-2, gradient_tolerance = 3e-2, lse_tolerance = 4e-3;
+};
+template <>
+struct Traits<Float16> {
+  static constexpr DType dtype = DType::kFloat16;
+  static constexpr const char* name = "float16";
+  static constexpr double output_tolerance = 2e-3, gradient_tolerance = 4e-3, lse_tolerance = 1e-4;
+};
+template <>
+struct Traits<double> {
+  static constexpr DType dtype = DType::kFloat64;
+  static constexpr const char* name = "float64";
+};
+
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+double to_double(T x) {
+  return static_cast<double>(to_float(x));
+}
+void from_double(double x, double* out) { *out = x; }
+void from_double(double, uint8_t* out) { *out = 0; }  // only ever the padding of a mask
+template <class T>
+void from_double(double x, T* out) {
+  from_float(static_cast<float>(x), out);
+}
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+enum class Layout {
+  kContiguous,
+  kHeadsInRows,  // memory order (B, L, H, D)
+  kPadded,  // rows three elements apart, the first one element into the buffer
+  kBroadcast,  // one head and one batch serve all; for inputs only
+};
+
+template <class T>
+struct Tensor {
+  std::vector<T> storage;
+  int64_t size[4] = {}, stride[4] = {};
+  int64_t first = 0;
+
+  Tensor() = default;
+  Tensor(int64_t n0, int64_t n1, int64_t n2, int64_t n3, Layout layout) : size{n0, n1, n2, n3} {
+    stride[3] = 1;
+    const int64_t row = layout == Layout::kPadded ? n3 + 3 : n3;
+    stride[2] = layout == Layout::kHeadsInRows ? n1 * row : row;
+    stride[1] = layout == Layout::kHeadsInRows ? row : n2 * row;
+    stride[0] = n1 * n2 * row;
+    if (layout == Layout::kBroadcast) stride[0] = stride[1] = 0;
+    first = layout == Layout::kPadded ? 1 : 0;
+    int64_t last = first;
+    for (int dim = 0; dim < 4; ++dim) last += (size[dim] - 1) * stride[dim];
+    T poison;
+    from_double(kNaN, &poison);
+    if (n0 * n1 * n2 * n3 > 0) storage.assign(static_cast<size_t>(last + 1), poison);
+  }
+
+  T* data() { return storage.data() + first; }
+  T& at(int64_t a, int64_t b, int64_t c, int64_t d) {
+    return data()[a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]];
+  }
+  void copy_strides(int64_t (&out)[3]) const { std::copy(stride, stride + 3, out); }
+
+  template <class Body>  // body(a, b, c, d)
+  void for_each(Body body) const {
+    for (int64_t a = 0; a < size[0]; ++a) {
+      for (int64_t b = 0; b < size[1]; ++b) {
+        for (int64_t c = 0; c < size[2]; ++c) {
+          for (int64_t d = 0; d < size[3]; ++d) body(a, b, c, d);
+        }
+      }
+    }
+  }
+
+  Tensor<double> to_float64() {
+    Tensor<double> wide(size[0], size[1], size[2], size[3], Layout::kContiguous);
+    for_each([&](int64_t a, int64_t b, int64_t c, int64_t d) { wide.at(a, b, c, d) = to_double(at(a, b, c, d)); });
+    return wide;
+  }
+};
+
+// Which dimensions of (B, Hq, Lq, Lk) a bias or mask has in full; it is broadcast along the others. -1: there is none.
+constexpr int kNone = -1, kFullB = 1, kFullH = 2, kFullQ = 4, kFullK = 8, kFull = 15;
+
+struct Case {
+  int64_t B = 2, Hq = 2, Hkv = 2, Lq = 33, Lk = 37, D = 16, Dv = 16;
+  Layout layout = Layout::kContiguous, kv_layout = Layout::kContiguous;
+  Causal causal = Causal::kNone;
+  int64_t left = kUnlimited, right = kUnlimited;
+  double scale = 0.0;  // 0: 1 / sqrt(D)
+  double softcap = 0.0;
+  int bias = kNone;
+  bool bias_is_float32 = false;
+  bool bias_hides = false;  // some entries -inf, some rows the most negative number there is
+  int mask = kNone;
+  int alibi = kNone;  // kFullH: (Hq,), kFullB + kFullH: (B, Hq)
+  bool sinks = false, kv_lengths = false, d_lse = false;
+  double dropout_p = 0.0;
+
+  std::string name() const {
+    char text[400];
+    std::snprintf(text, sizeof text,
+                  "B%d Hq%d Hkv%d Lq%d Lk%d D%d Dv%d layout%d,%d causal%d window(%d,%d) scale%g softcap%g bias%d%s%s "
+                  "mask%d alibi%d sinks%d kv_lengths%d d_lse%d dropout%g",
+                  int(B), int(Hq), int(Hkv), int(Lq), int(Lk), int(D), int(Dv), int(layout), int(kv_layout),
+                  int(causal), int(left), int(right), scale, softcap, bias, bias_is_float32 ? "f" : "",
+                  bias_hides ? "h" : "", mask, alibi, sinks, kv_lengths, d_lse, dropout_p);
+    return text;
+  }
+};
+
+template <class T>
+struct Inputs {
+  Tensor<T> q, k, v, d_o, bias;
+  Tensor<float> bias32;  // instead of bias, where the case says so
+  Tensor<uint8_t> mask;
+  std::vector<Accumulator<T>> alibi, sinks, d_lse;
+  std::vector<int32_t> kv_lengths;
+};
+
+template <class T>
+Inputs<T> make_inputs(const Case& c, std::mt19937& random) {
+  Inputs<T> in;
+  std::normal_distribution<double> normal;
+  const auto chance = [&](double p) { return std::uniform_real_distribution<double>()(random) < p; };
+  const auto fill = [&](auto& tensor) {
+    tensor.for_each(
+        [&](int64_t a, int64_t b, int64_t i, int64_t d) { from_double(normal(random), &tensor.at(a, b, i, d)); });
+  };
+  const Layout d_o_layout = c.layout == Layout::kBroadcast ? Layout::kContiguous : c.layout;
+  in.q = Tensor<T>(c.B, c.Hq, c.Lq, c.D, c.layout);
+  in.k = Tensor<T>(c.B, c.Hkv, c.Lk, c.D, c.kv_layout);
+  in.v = Tensor<T>(c.B, c.Hkv, c.Lk, c.Dv, c.kv_layout);
+  in.d_o = Tensor<T>(c.B, c.Hq, c.Lq, c.Dv, d_o_layout);
+  fill(in.q);
+  fill(in.k);
+  fill(in.v);
+  fill(in.d_o);
+
+  if (c.kv_lengths) {
+    for (int64_t b = 0; b < c.B; ++b) {
+      in.kv_lengths.push_back(static_cast<int32_t>(std::uniform_int_distribution<int64_t>(0, c.Lk)(random)));
+      if (c.kv_layout == Layout::kBroadcast) continue;  // the padding of one sequence is another one's key
+      for (int64_t h = 0; h < c.Hkv; ++h) {
+        for (int64_t j = in.kv_lengths.back(); j < c.Lk; ++j) {
+          for (int64_t d = 0; d < c.D; ++d) from_double(kNaN, &in.k.at(b, h, j, d));
+          for (int64_t d = 0; d < c.Dv; ++d) from_double(kNaN, &in.v.at(b, h, j, d));
+        }
+      }
+    }
+  }
+
+  const auto extent = [](int full, int bit, int64_t n) { return full & bit ? n : std::min<int64_t>(n, 1); };
+  const auto make_bias = [&](auto& tensor, double lowest) {
+    using Element = std::remove_reference_t<decltype(tensor.at(0, 0, 0, 0))>;
+    tensor = Tensor<Element>(extent(c.bias, kFullB, c.B), extent(c.bias, kFullH, c.Hq), extent(c.bias, kFullQ, c.Lq),
+                             extent(c.bias, kFullK, c.Lk), Layout::kContiguous);
+    fill(tensor);
+    if (!c.bias_hides) return;
+    // In float16 a whole row near the most negative number would round its scores: only single entries there.
+    const bool whole_rows = !std::is_same_v<Element, Float16>;
+    for (int64_t b = 0; b < tensor.size[0]; ++b) {
+      for (int64_t h = 0; h < tensor.size[1]; ++h) {
+        for (int64_t i = 0; i < tensor.size[2]; ++i) {
+          const bool low_row = whole_rows && chance(0.1), empty_row = chance(0.05);
+          for (int64_t j = 0; j < tensor.size[3]; ++j) {
+            if (low_row || chance(0.1)) from_double(lowest, &tensor.at(b, h, i, j));
+            if (empty_row || chance(0.1)) from_double(-kInfinity, &tensor.at(b, h, i, j));
+          }
+        }
+      }
+    }
+  };
+  if (c.bias != kNone) {
+    const double float_lowest = static_cast<double>(std::numeric_limits<float>::lowest());
+    if (c.bias_is_float32) {
+      make_bias(in.bias32, float_lowest);
+    } else {
+      make_bias(in.bias, std::is_same_v<T, Float16>    ? -65504.0
+                         : std::is_same_v<T, BFloat16> ? -0x1.fep127
+                                                       : float_lowest);
+    }
+  }
+  if (c.mask != kNone) {
+    Tensor<uint8_t>& mask = in.mask;
+    mask = Tensor<uint8_t>(extent(c.mask, kFullB, c.B), extent(c.mask, kFullH, c.Hq), extent(c.mask, kFullQ, c.Lq),
+                           extent(c.mask, kFullK, c.Lk), Layout::kContiguous);
+    // Blocks of 32 x 32 that are hidden, visible or mixed, so that whole tiles can be skipped; and some hidden rows.
+    std::vector<int> kinds(static_cast<size_t>((mask.size[2] / 32 + 1) * (mask.size[3] / 32 + 1)));
+    for (int64_t b = 0; b < mask.size[0]; ++b) {
+      for (int64_t h = 0; h < mask.size[1]; ++h) {
+        for (int& kind : kinds) kind = std::uniform_int_distribution<int>(0, 2)(random);
+        for (int64_t i = 0; i < mask.size[2]; ++i) {
+          const bool hidden_row = chance(0.05);
+          for (int64_t j = 0; j < mask.size[3]; ++j) {
+            const int kind = kinds[static_cast<size_t>(i / 32 * (mask.size[3] / 32 + 1) + j / 32)];
+            const bool kept = !hidden_row && (kind == 1 || (kind == 2 && chance(0.7)));
+            mask.at(b, h, i, j) = kept ? 1 : 0;
+          }
+        }
+      }
+    }
+  }
+  if (c.alibi != kNone) {
+    for (int64_t n = 0; n < (c.alibi & kFullB ? c.B : 1) * c.Hq; ++n) {
+      in.alibi.push_back(static_cast<Accumulator<T>>(std::ldexp(1.0, -1 - static_cast<int>(n % 6))));
+    }
+  }
+  if (c.sinks) {
+    for (int64_t h = 0; h < c.Hq; ++h) in.sinks.push_back(static_cast<Accumulator<T>>(normal(random)));
+  }
+  if (c.d_lse) {
+    for (int64_t n = 0; n < c.B * c.Hq * c.Lq; ++n) in.d_lse.push_back(static_cast<Accumulator<T>>(normal(random)));
+  }
+  return in;
+}
+
+template <class T>
+Inputs<double> to_float64(const Case& c, Inputs<T>& in) {
+  Inputs<double> wide;
+  wide.q = in.q.to_float64();
+  wide.k = in.k.to_float64();
+  wide.v = in.v.to_float64();
+  wide.d_o = in.d_o.to_float64();
+  wide.bias = c.bias_is_float32 ? in.bias32.to_float64() : in.bias.to_float64();
+  wide.mask = in.mask;
+  wide.alibi.assign(in.alibi.begin(), in.alibi.end());
+  wide.sinks.assign(in.sinks.begin(), in.sinks.end());
+  wide.d_lse.assign(in.d_lse.begin(), in.d_lse.end());
+  wide.kv_lengths = in.kv_lengths;
+  return wide;
+}
+
+template <class T>
+struct Results {
+  Tensor<T> o, dq, dk, dv;
+  Tensor<Accumulator<T>> lse, row_max, row_sum;  // [B, Hq, Lq, 1]
+  Tensor<Accumulator<T>> d_bias, d_sinks;  // d_sinks: [1, 1, 1, Hq]
+};
+
+template <class Element>
+void broadcast_strides(const Tensor<Element>& tensor, int64_t (&out)[4]) {
+  for (int dim = 0; dim < 4; ++dim) out[dim] = tensor.size[dim] == 1 ? 0 : tensor.stride[dim];
+}
+
+template <class T>
+Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
+  Results<T> r;
+  const auto output_layout = [](Layout layout) { return layout == Layout::kBroadcast ? Layout::kContiguous : layout; };
+  r.o = Tensor<T>(c.B, c.Hq, c.Lq, c.Dv, output_layout(c.layout));
+  r.dq = Tensor<T>(c.B, c.Hq, c.Lq, c.D, output_layout(c.layout));
+  r.dk = Tensor<T>(c.B, c.Hkv, c.Lk, c.D, output_layout(c.kv_layout));
+  r.dv = Tensor<T>(c.B, c.Hkv, c.Lk, c.Dv, output_layout(c.kv_layout));
+  for (auto* stat : {&r.lse, &r.row_max, &r.row_sum}) *stat = {c.B, c.Hq, c.Lq, 1, Layout::kContiguous};
+
+  AttentionGradParams g;
+  AttentionParams& p = g.forward;
+  p.dtype = Traits<T>::dtype;
+  p.B = c.B;
+  p.Hq = c.Hq;
+  p.Hkv = c.Hkv;
+  p.Lq = c.Lq;
+  p.Lk = c.Lk;
+  p.D = c.D;
+  p.Dv = c.Dv;
+  p.q = in.q.data();
+  p.k = in.k.data();
+  p.v = in.v.data();
+  in.q.copy_strides(p.q_stride);
+  in.k.copy_strides(p.k_stride);
+  in.v.copy_strides(p.v_stride);
+  p.scale = c.scale != 0.0 ? c.scale : 1.0 / std::sqrt(static_cast<double>(c.D));
+  p.softcap = c.softcap;
+  if (c.bias != kNone) {
+    const bool is_float32 = c.bias_is_float32 && !std::is_same_v<T, double>;
+    if (is_float32) {
+      p.bias = in.bias32.data();
+      p.bias_dtype = DType::kFloat32;
+      broadcast_strides(in.bias32, p.bias_stride);
+    } else {
+      p.bias = in.bias.data();
+      p.bias_dtype = Traits<T>::dtype;
+      broadcast_strides(in.bias, p.bias_stride);
+    }
+    const int64_t* size = is_float32 ? in.bias32.size : in.bias.size;
+    r.d_bias = {size[0], size[1], size[2], size[3], Layout::kContiguous};
+    g.d_bias = r.d_bias.data();
+    broadcast_strides(r.d_bias, g.d_bias_stride);
+  }
+  if (c.mask != kNone) {
+    p.mask = in.mask.data();
+    broadcast_strides(in.mask, p.mask_stride);
+  }
+  if (c.alibi != kNone) {
+    p.alibi_slopes = in.alibi.data();
+    p.alibi_stride[0] = c.alibi & kFullB ? c.Hq : 0;
+    p.alibi_stride[1] = 1;
+  }
+  if (c.sinks) {
+    p.sinks = in.sinks.data();
+    r.d_sinks = {1, 1, 1, c.Hq, Layout::kContiguous};
+    g.d_sinks = r.d_sinks.data();
+  }
+  if (c.kv_lengths) p.kv_lengths = in.kv_lengths.data();
+  p.causal = c.causal;
+  p.window_left = c.left;
+  p.window_right = c.right;
+  p.dropout_p = c.dropout_p;
+  p.seed = 0x9876543210fedcbaull;
+  p.offset = 3;
+  p.o = r.o.data();
+  r.o.copy_strides(p.o_stride);
+  p.lse = r.lse.data();
+  p.row_max = r.row_max.data();
+  p.row_sum = r.row_sum.data();
+  if constexpr (std::is_same_v<T, double>) {
+    fastattn::cpu::plain_forward_f64(p, parallel);
+  } else {
+    fastattn::cpu::attention_forward(p, parallel);
+  }
+
+  p.lse = nullptr;
+  g.d_o = in.d_o.data();
+  in.d_o.copy_strides(g.d_o_stride);
+  if (c.d_lse) g.d_lse = in.d_lse.data();
+  g.dq = r.dq.data();
+  g.dk = r.dk.data();
+  g.dv = r.dv.data();
+  r.dq.copy_strides(g.dq_stride);
+  r.dk.copy_strides(g.dk_stride);
+  r.dv.copy_strides(g.dv_stride);
+  if constexpr (std::is_same_v<T, double>) {
+    fastattn::cpu::plain_backward_f64(g, parallel);
+  } else {
+    fastattn::cpu::attention_backward(g, parallel);
+  }
+  return r;
+}
+
+template <class T>
+void compare(const char* what, const std::string& label, Tensor<T>& got, Tensor<double>& expected, double tolerance) {
+  double largest = 1.0;
+  for (const double x : expected.storage) {
+    if (std::isfinite(x)) largest = std::max(largest, std::abs(x));
+  }
+  double worst = 0.0;
+  int64_t at[4] = {};
+  bool elements_match = true;
+  expected.for_each([&](int64_t a, int64_t b, int64_t c, int64_t d) {
+    const double x = to_double(got.at(a, b, c, d)), y = expected.at(a, b, c, d);
+    const bool matches = std::isfinite(y) ? std::abs(x - y) <= tolerance * largest : x == y;
+    // A difference that is NaN or infinite is as bad as can be.
+    const double difference = matches && !std::isfinite(y) ? 0.0 : std::abs(x - y);
+    if (!matches) elements_match = false;
+    if (!(difference <= worst)) {
+      worst = difference;
+      const int64_t here[4] = {a, b, c, d};
+      std::copy(here, here + 4, at);
+    }
+  });
+  CHECK(elements_match, "%s: %s differs by %g at [%d, %d, %d, %d]: %g, not %g (largest %g)", label.c_str(), what, worst,
+        int(at[0]), int(at[1]), int(at[2]), int(at[3]), to_double(got.at(at[0], at[1], at[2], at[3])),
+        expected.at(at[0], at[1], at[2], at[3]), largest);
+}
+
+template <class T>
+bool same_bits(const Tensor<T>& a, const Tensor<T>& b) {
+  return a.storage.size() == b.storage.size() &&
+         (a.storage.empty() || std::memcmp(a.storage.data(), b.storage.data(), a.storage.size() * sizeof(T)) == 0);
+}
+
+// Elements between the rows of an output are NaN still.
+template <class T>
+bool padding_is_untouched(Tensor<T> tensor) {
+  T zero, poison;
+  from_double(0.0, &zero);
+  from_double(kNaN, &poison);
+  tensor.for_each([&](int64_t a, int64_t b, int64_t c, int64_t d) { tensor.at(a, b, c, d) = poison; });
+  for (const T& x : tensor.storage) {
+    if (std::memcmp(&x, &poison, sizeof x) != 0) return false;
+  }
+  return true;
+}
+
+template <class T>
+bool is_zero_row(Tensor<T>& tensor, int64_t a, int64_t b, int64_t row) {
+  for (int64_t d = 0; d < tensor.size[3]; ++d) {
+    if (to_double(tensor.at(a, b, row, d)) != 0.0) return false;
+  }
+  return true;
+}
+
+template <class T>
+void check_results(const Case& c, const Inputs<T>& in, Results<T>& got, Results<double>& expected,
+                   const std::string& label) {
+  compare("o", label, got.o, expected.o, Traits<T>::output_tolerance);
+  compare("lse", label, got.lse, expected.lse, Traits<T>::lse_tolerance);
+  compare("row_max", label, got.row_max, expected.row_max, Traits<T>::lse_tolerance);
+  compare("row_sum", label, got.row_sum, expected.row_sum, 4 * Traits<T>::lse_tolerance);
+  compare("dq", label, got.dq, expected.dq, Traits<T>::gradient_tolerance);
+  compare("dk", label, got.dk, expected.dk, Traits<T>::gradient_tolerance);
+  compare("dv", label, got.dv, expected.dv, Traits<T>::gradient_tolerance);
+  compare("d_bias", label, got.d_bias, expected.d_bias, Traits<T>::gradient_tolerance);
+  compare("d_sinks", label, got.d_sinks, expected.d_sinks, Traits<T>::gradient_tolerance);
+  for (const auto* output : {&got.o, &got.dq, &got.dk, &got.dv}) {
+    CHECK(padding_is_untouched(*output), "%s: output %d", label.c_str(),
+          output == &got.o    ? 0
+          : output == &got.dq ? 1
+          : output == &got.dk ? 2
+                              : 3);
+  }
+
+  // What sees nothing or is not seen is exactly zero, not merely small.
+  for (int64_t b = 0; b < c.B; ++b) {
+    for (int64_t h = 0; h < c.Hq; ++h) {
+      for (int64_t i = 0; i < c.Lq; ++i) {
+        if (expected.row_sum.at(b, h, i, 0) != 0.0) continue;
+        CHECK(is_zero_row(got.o, b, h, i) && is_zero_row(got.dq, b, h, i), "%s: [%d, %d, %d]", label.c_str(), int(b),
+              int(h), int(i));
+      }
+    }
+    for (int64_t h = 0; h < c.Hkv; ++h) {
+      for (int64_t j = c.kv_lengths ? in.kv_lengths[static_cast<size_t>(b)] : c.Lk; j < c.Lk; ++j) {
+        CHECK(is_zero_row(got.dk, b, h, j) && is_zero_row(got.dv, b, h, j), "%s: [%d, %d, %d]", label.c_str(), int(b),
+              int(h), int(j));
+      }
+    }
+  }
+}
+
+template <class T>
+void check_case(const Case& c, unsigned seed) {
+  std::mt19937 random(seed);
+  Inputs<T> in = make_inputs<T>(c, random);
+  Inputs<double> wide = to_float64(c, in);
+  Results<double> expected = run(c, wide, fastattn::cpu::serial());
+  Results<double> threaded = run(c, wide, fastattn::testing::threads(3));
+  const std::string plain_label = "float64 " + c.name();
+  CHECK(same_bits(expected.o, threaded.o) && same_bits(expected.dq, threaded.dq) &&
+            same_bits(expected.dk, threaded.dk) && same_bits(expected.dv, threaded.dv) &&
+            same_bits(expected.d_bias, threaded.d_bias) && same_bits(expected.d_sinks, threaded.d_sinks),
+        "%s: depends on the threads", plain_label.c_str());
+
+  for (int level = 0; level < fastattn::cpu::kIsaCount; ++level) {
+    const Isa isa = static_cast<Isa>(level);
+    if (!fastattn::cpu::isa_supported(isa)) continue;
+    fastattn::cpu::set_active_isa(isa);
+    const std::string label = std::string(Traits<T>::name) + " " + fastattn::cpu::isa_name(isa) + " " + c.name();
+    Results<T> got = run(c, in, fastattn::testing::threads(2));
+    check_results(c, in, got, expected, label);
+    Results<T> again = run(c, in, fastattn::testing::threads(2));
+    CHECK(same_bits(got.o, again.o) && same_bits(got.lse, again.lse) && same_bits(got.dq, again.dq) &&
+              same_bits(got.dk, again.dk) && same_bits(got.dv, again.dv) && same_bits(got.d_bias, again.d_bias) &&
+              same_bits(got.d_sinks, again.d_sinks),
+          "%s: two runs differ", label.c_str());
+  }
+}
+
+// Shapes and features that each once made, or could make, a difference; then many at random.
+std::vector<Case> make_cases() {
+  std::vector<Case> cases;
+  cases = {
+      {},
+      {.B = 1, .Hq = 1, .Hkv = 1, .Lq = 1, .Lk = 1, .D = 1, .Dv = 1},
+      {.Lq = 0},
+      {.Lk = 0, .sinks = true, .d_lse = true},
+      {.B = 0, .bias = kFullQ + kFullK, .sinks = true},
+      {.Lq = 0, .bias = kFullH + kFullK, .sinks = true},
+      {.Lk = 0, .bias = kFullH + kFullQ},
+      {.Lq = 64, .Lk = 64, .D = 64, .Dv = 64},
+      {.Lq = 65, .Lk = 129, .D = 65, .Dv = 33, .layout = Layout::kPadded, .kv_layout = Layout::kPadded},
+      {.Lq = 127, .Lk = 63, .D = 40, .Dv = 40, .causal = Causal::kBottomRight},
+      {.Lq = 63, .Lk = 127, .layout = Layout::kHeadsInRows, .causal = Causal::kTopLeft},
+      {.Lq = 130, .Lk = 130, .causal = Causal::kBottomRight, .left = 20, .right = 0},
+      {.Lq = 150, .Lk = 100, .left = 0, .right = 7, .kv_lengths = true},
+      {.Hq = 8, .Lq = 1, .Lk = 1030, .D = 32, .Dv = 32, .kv_lengths = true},
+      {.B = 1, .Hq = 1, .Hkv = 1, .Lq = 3, .Lk = 2100, .bias = kFull, .bias_hides = true},
+      {.B = 1, .Hq = 1, .Hkv = 1, .Lq = 1030, .Lk = 2, .mask = kFullQ},
+      {.Lq = 20, .D = 256, .Dv = 256},
+      {.D = 1, .Dv = 300},
+      {.D = 300, .Dv = 1},
+      {.d_lse = true, .dropout_p = 1.0},
+      {.Lk = 200, .dropout_p = 0.5},
+      {.scale = -3.0, .softcap = 2.0},
+      {.scale = 1e-6},
+      {.scale = 20.0, .softcap = 50.0},
+      {.Lq = 100, .mask = kFullQ + kFullK, .sinks = true, .d_lse = true},
+      {.Hq = 4, .layout = Layout::kBroadcast, .kv_layout = Layout::kBroadcast},
+      // Everything at once.
+      {.Hq = 6,
+       .Lq = 75,
+       .Lk = 140,
+       .D = 24,
+       .Dv = 40,
+       .layout = Layout::kPadded,
+       .kv_layout = Layout::kPadded,
+       .causal = Causal::kBottomRight,
+       .left = 90,
+       .softcap = 5.0,
+       .bias = kFull,
+       .bias_hides = true,
+       .mask = kFull,
+       .alibi = kFullB + kFullH,
+       .sinks = true,
+       .kv_lengths = true,
+       .d_lse = true,
+       .dropout_p = 0.25},
+  };
+  // Every shape of a bias and of a mask.
+  for (int full = 0; full <= kFull; ++full) {
+    cases.push_back({.Hq = 4, .Lq = 70, .Lk = 71, .bias = full, .bias_is_float32 = full % 2 == 0});
+    cases.push_back({.Hq = 4, .Lq = 70, .Lk = 71, .causal = Causal::kBottomRight, .mask = full});
+  }
+
+  std::mt19937 random(20240607);
+  const auto pick = [&](auto... options) {
+    const std::common_type_t<decltype(options)...> all[] = {options...};
+    return all[std::uniform_int_distribution<size_t>(0, sizeof...(options) - 1)(random)];
+  };
+  const auto chance = [&](double p) { return std::uniform_real_distribution<double>()(random) < p; };
+  for (int n = 0; n < 120; ++n) {
+    Case c;
+    c.B = pick(1, 1, 2, 3);
+    c.Hkv = pick(1, 1, 2, 3);
+    c.Hq = c.Hkv * pick(1, 1, 2, 4, 7);
+    c.D = pick(1, 2, 3, 7, 8, 15, 16, 17, 32, 40, 63, 64, 65, 80, 96, 128, 160, 192, 255);
+    c.Dv = chance(0.6) ? c.D : pick(1, 5, 8, 16, 31, 64, 72, 100, 128);
+    do {
+      c.Lq = pick(1, 2, 3, 5, 8, 15, 16, 17, 31, 48, 63, 64, 65, 96, 127, 128, 129, 197, 260);
+      c.Lk = pick(1, 2, 3, 5, 8, 15, 16, 17, 31, 48, 63, 64, 65, 96, 127, 128, 129, 197, 260, 515);
+    } while (c.B * c.Hq * c.Lq * c.Lk * (c.D + c.Dv) > 4000000 && (c.Lq > 1 || c.Lk > 1));
+    c.layout = pick(Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
+    c.kv_layout = pick(Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
+    c.causal = pick(Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight, Causal::kBottomRight);
+    if (chance(0.3)) c.left = pick(0, 1, 16, 40, 70, 130);
+    if (chance(0.2)) c.right = pick(0, 1, 16, 40, 70, 130);
+    if (chance(0.2)) c.scale = pick(0.05, 1.0, -0.5);
+    if (chance(0.25)) c.softcap = pick(1.0, 30.0);
+    if (chance(0.4)) c.bias = pick(0, 1, 2, 4, 8, 9, 10, 12, 13, 14, 15);
+    c.bias_is_float32 = chance(0.5);
+    c.bias_hides = chance(0.5);
+    if (chance(0.3)) c.mask = pick(0, 1, 4, 8, 9, 12, 13, 14, 15);
+    if (chance(0.25)) c.alibi = pick(kFullH, kFullB + kFullH);
+    c.sinks = chance(0.3);
+    c.kv_lengths = chance(0.3);
+    c.d_lse = chance(0.4);
+    if (chance(0.25)) c.dropout_p = pick(0.1, 0.5, 0.9);
+    cases.push_back(c);
+  }
+  return cases;
+}
+
+// The conversions that the rest of this file relies on.
+void check_half() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const Float16 half{static_cast<uint16_t>(bits)};
+    const BFloat16 brain{static_cast<uint16_t>(bits)};
+    Float16 half_back;
+    BFloat16 brain_back;
+    from_float(to_float(half), &half_back);
+    from_float(to_float(brain), &brain_back);
+    CHECK(half_back.bits == bits || to_float(half) != to_float(half), "float16 %04x", bits);
+    CHECK(brain_back.bits == bits || to_float(brain) != to_float(brain), "bfloat16 %04x", bits);
+  }
+  struct {
+    float x;
+    uint16_t half, brain;
+  } const answers[] = {
+      {1.0f, 0x3c00, 0x3f80},
+      {-2.5f, 0xc100, 0xc020},
+      {1.0f + 0x1p-11f, 0x3c00, 0x3f80},
+      {1.0f + 3 * 0x1p-11f, 0x3c02, 0x3f80},
+      {1.0f + 0x1p-8f, 0x3c04, 0x3f80},
+      {1.0f + 3 * 0x1p-8f, 0x3c0c, 0x3f82},
+      {65504.0f, 0x7bff, 0x4780},
+      {65520.0f, 0x7c00, 0x4780},
+      {0x1p-24f, 0x0001, 0x3380},
+      {0x1p-25f, 0x0000, 0x3300},
+      {0x1.8p-25f, 0x0001, 0x3340},
+  };
+  for (const auto& a : answers) {
+    Float16 half;
+    BFloat16 brain;
+    from_float(a.x, &half);
+    from_float(a.x, &brain);
+    CHECK(half.bits == a.half && brain.bits == a.brain, "%g: %04x %04x", static_cast<double>(a.x), half.bits,
+          brain.bits);
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_half();
+  for (int level = 0; level < fastattn::cpu::kIsaCount; ++level) {
+    const Isa isa = static_cast<Isa>(level);
+    std::printf("%s: %s\n", fastattn::cpu::isa_name(isa),
+                fastattn::cpu::isa_supported(isa) ? "tested" : "SKIPPED, not supported by this processor or build");
+  }
+  unsigned seed = 0;
+  for (const Case& c : make_cases()) {
+    check_case<float>(c, ++seed);
+    check_case<BFloat16>(c, seed);
+    check_case<Float16>(c, seed);
+  }
+  return fastattn::testing::report("attention_test");
+}
