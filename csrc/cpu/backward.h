@@ -1,0 +1,458 @@
+// Fused attention, backward: dq, dk, dv, and the gradients of bias and sinks, from o, row_max and row_sum of the forward.
+//
+//   P  = exp(S - row_max) / row_sum          dV += (P * Z)^T dO          Z = dropout: 0 or 1 / (1 - p)
+//   dP = dO V^T * Z                          dS  = P * (dP - delta)      delta_i = dO_i . O_i - d_lse_i
+//   d_bias += dS                             dQ += scale * dS' K         dS' = dS * d softcap
+//   d_sinks_h = -sum_i exp(sink_h - row_max_i) / row_sum_i * delta_i     dK += scale * dS'^T Q
+//
+// (Dao et al., "FlashAttention", 2022, algorithm 4, and appendix B for delta.) Scores are computed again as in the
+// forward pass, transposed, with lanes = query rows; in the three products that follow, lanes = head dims and the
+// caller's rows are operands as they lie. A task owns a chunk of keys; it walks over blocks of kSuperRows query rows,
+// whose packed operands fit the second-level cache, and for each over its blocks of keys. Five matrix products, no
+// atomics; every sum has one order, fixed by the shape.
+#pragma once
+
+#include "core/softmax.h"
+#include "cpu/gemm.h"
+#include "cpu/operands.h"
+#include "cpu/tile.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kSuperRows = 512;
+constexpr int64_t kSuperBlocks = kSuperRows / kBlockRows;
+
+struct BackwardScratch {
+  // Per block of rows:
+  float* qt[kSuperBlocks];       // [D units][kBlockRows], Q^T, times the scale in float arithmetic
+  float* d_ot[kSuperBlocks];     // [Dv units][kBlockRows], dO^T
+  float* q_rows[kSuperBlocks];   // copies of Q and dO, where they are needed
+  float* d_o_rows[kSuperBlocks];
+  float* dq;                     // [kSuperRows][dq_columns]
+  float* row_max;                // [kSuperRows] each; 0 for rows that see nothing,
+  float* inverse_sum;            // and 0
+  float* delta;
+  // Per chunk of keys:
+  float* dk;                     // [chunk keys + kRowPad][padded D]
+  float* dv;
+  // Per block of keys, or tile:
+  float* k;                      // copies of K and V as broadcast operands, of K as vector operand
+  float* v;
+  float* k_rows;
+  float* s;                      // [keys + kRowPad][kBlockRows]: scores, then weights
+  float* ds;                     // dP, then dS
+  uint16_t* s_half;              // bfloat16 arithmetic: weights and dS rounded, [key][row],
+  uint16_t* ds_half;
+  uint32_t* ds_pairs;            // and dS in pairs of keys, [key / 2][row]
+  float* bias;                   // [keys][kBlockRows] each
+  float* dropout;
+  float* tanh;
+  float* d_bias;
+  uint64_t* keep;                // [keys]
+};
+
+FASTATTN_FN int64_t dq_columns(const AttentionParams& p) { return round_up(p.D, 2 * kLanes); }
+
+template <class Operands>
+inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t chunk_keys, bool dq_in_scratch,
+                                        char* memory, size_t* bytes) {
+  const AttentionParams& p = gp.forward;
+  constexpr int64_t kTile = (kMaxBlockKeys + kRowPad) * kBlockRows;
+  const int64_t blocks = min_i64(kSuperBlocks, (p.Lq + kBlockRows - 1) / kBlockRows);
+  Arena arena{memory};
+  BackwardScratch s{};
+  for (int64_t i = 0; i < blocks; ++i) {
+    s.qt[i] = arena.take<float>(round_up(p.D, kLanes) * kBlockRows);
+    s.d_ot[i] = arena.take<float>(round_up(p.Dv, kLanes) * kBlockRows);
+    s.q_rows[i] = arena.take<float>(Operands::copy_floats(kBlockRows, p.D));
+    s.d_o_rows[i] = arena.take<float>(Operands::copy_floats(kBlockRows, p.Dv));
+  }
+  s.dq = arena.take<float>(dq_in_scratch ? blocks * kBlockRows * dq_columns(p) : 0);
+  s.row_max = arena.take<float>(kSuperRows);
+  s.inverse_sum = arena.take<float>(kSuperRows);
+  s.delta = arena.take<float>(kSuperRows);
+  s.dk = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.D));
+  s.dv = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.Dv));
+  s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
+  s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
+  s.k_rows = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
+  s.s = arena.take<float>(kTile);
+  s.ds = arena.take<float>(kTile);
+  s.s_half = arena.take<uint16_t>(Operands::kPairs ? kTile : 0);
+  s.ds_half = arena.take<uint16_t>(Operands::kPairs ? kTile : 0);
+  s.ds_pairs = arena.take<uint32_t>(Operands::kPairs ? kTile : 0);
+  s.bias = arena.take<float>(p.bias != nullptr ? kTile : 0);
+  s.dropout = arena.take<float>(p.dropout_p > 0.0 ? kTile : 0);
+  s.tanh = arena.take<float>(p.softcap != 0.0 ? kTile : 0);
+  s.d_bias = arena.take<float>(gp.d_bias != nullptr ? kTile : 0);
+  s.keep = arena.take<uint64_t>(kMaxBlockKeys);
+  if (bytes != nullptr) *bytes = static_cast<size_t>(arena.at - memory);
+  return s;
+}
+
+// Scores again, dP, and from them weights and dS, for NV vectors of rows.
+template <class Operands>
+struct BackwardPanel {
+  const AttentionParams& p;
+  const BackwardScratch& scratch;
+  const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
+  float scale;                      // not yet in Q
+  Operand k, v;
+  int64_t nk;
+  int64_t block;  // of the super-block's rows
+  bool wants_d_bias;
+
+  template <int NV>
+  inline void run(int v0) const {
+    using Unit = typename Operands::Unit;
+    constexpr int64_t kRow = kBlockRows * 4;
+    const int64_t lane0 = v0 * kLanes;
+    const int64_t rows = max_i64(nk, row_major_rows(NV));
+    gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows,
+                                    reinterpret_cast<const char*>(scratch.qt[block] + lane0), kRow,
+                                    Operands::units(p.D), scratch.s + lane0, kBlockRows, nullptr);
+    if (modifiers != nullptr) {
+      Vf unused[NV];
+      for (int i = 0; i < NV; ++i) unused[i] = vzero();
+      modify_scores<NV>(*modifiers, scratch.s, nk, v0, unused);
+    }
+    gemm_row_major<Unit, NV, false>(v.data, v.stride_bytes, rows,
+                                    reinterpret_cast<const char*>(scratch.d_ot[block] + lane0), kRow,
+                                    Operands::units(p.Dv), scratch.ds + lane0, kBlockRows, nullptr);
+
+    Vf base[NV], shift[NV], inverse_sum[NV], delta[NV];
+    for (int i = 0; i < NV; ++i) {
+      const int64_t row = block * kBlockRows + lane0 + i * kLanes;
+      base[i] = vload(scratch.row_max + row);
+      shift[i] = vmul(base[i], vset(-kLog2e));
+      inverse_sum[i] = vload(scratch.inverse_sum + row);
+      delta[i] = vload(scratch.delta + row);
+    }
+    for (int64_t c = 0; c < nk; c += Operands::kPairs ? 2 : 1) {
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) {
+        const int64_t at = c * kBlockRows + lane0 + i * kLanes;
+        if constexpr (!Operands::kPairs) {
+          Vf w, g;
+          gradient_at(at, base[i], shift[i], inverse_sum[i], delta[i], &w, &g);
+          vstore(scratch.s + at, w);
+          vstore(scratch.ds + at, g);
+        }
+#if FASTATTN_BF16_DOT
+        else {
+          Vh g_half[2];
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) {
+            Vf w = vzero(), g = vzero();
+            if (c + h < nk) gradient_at(at + h * kBlockRows, base[i], shift[i], inverse_sum[i], delta[i], &w, &g);
+            vhstore(scratch.s_half + at + h * kBlockRows, vnarrow(w));
+            g_half[h] = vnarrow(g);
+            vhstore(scratch.ds_half + at + h * kBlockRows, g_half[h]);
+          }
+          vistore(scratch.ds_pairs + c / 2 * kBlockRows + lane0 + i * kLanes, vinterleave(g_half[0], g_half[1]));
+        }
+#endif
+      }
+    }
+  }
+
+  // One vector: the weight that multiplies dO, and scale * dS'.
+  FASTATTN_FN void gradient(const BackwardPanel& self, int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
+                            Vf* weight, Vf* gradient) {
+    const BackwardScratch& scratch = self.scratch;
+    const Vf x = vload(scratch.s + at);
+    // Modified scores may be large and equal (a finite mask): subtract first. Plain bfloat16 products may be scaled
+    // and shifted in one operation, at an error far below bfloat16's.
+    const bool one_step = Operands::kPairs && self.modifiers == nullptr;
+    const Vf t = one_step ? vfma(x, vset(self.scale * kLog2e), shift) : vmul(vsub(x, base), vset(kLog2e));
+    const Vf w = vmul(vexp2<Operands::kExp2Degree>(t), inverse_sum);
+    Vf dw = vload(scratch.ds + at);
+    *weight = w;
+    if (self.p.dropout_p > 0.0) {
+      const Vf z = vload(scratch.dropout + at);
+      *weight = vmul(w, z);
+      dw = vmul(dw, z);
+    }
+    Vf g = vmul(w, vsub(dw, delta));
+    if (self.wants_d_bias) vstore(scratch.d_bias + at, g);
+    if (self.p.softcap != 0.0) {
+      const Vf tanh = vload(scratch.tanh + at);
+      g = vmul(g, vsub(vset(1.0f), vmul(tanh, tanh)));
+    }
+    *gradient = vmul(g, vset(static_cast<float>(self.p.scale)));
+  }
+  inline __attribute__((always_inline)) void gradient_at(int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
+                                                         Vf* weight, Vf* g) const {
+    gradient(*this, at, base, shift, inverse_sum, delta, weight, g);
+  }
+};
+
+// C += A B with lanes = head dims, A row-major.
+template <class Unit>
+struct AccumulateRows {
+  const char* a;
+  int64_t a_stride, rows;
+  Operand b;
+  int64_t units;
+  float* c;
+  int64_t c_stride;
+  template <int NV>
+  inline void run(int v0) const {
+    gemm_row_major_accumulate<Unit, NV>(a, a_stride, rows, b.data + v0 * kLanes * 4, b.stride_bytes, units,
+                                        c + v0 * kLanes, c_stride);
+  }
+};
+
+// C += A B with lanes = head dims, A column-major.
+template <class Unit>
+struct AccumulateColumns {
+  const char* a;
+  int64_t a_stride, rows;
+  Operand b;
+  int64_t units;
+  float* c;
+  int64_t c_stride;
+  template <int NV>
+  inline void run(int v0) const {
+    gemm_column_major<Unit, NV, Init::kAccumulate>(a, a_stride, rows, b.data + v0 * kLanes * 4, b.stride_bytes, units,
+                                                   c + v0 * kLanes, c_stride, nullptr);
+  }
+};
+
+FASTATTN_FN int vectors_of(int64_t n) { return static_cast<int>((n + kLanes - 1) / kLanes); }
+
+// Adds the tile's dS, [key][row], to the bias gradient: over keys or rows where the bias broadcasts them.
+inline void add_d_bias(const AttentionGradParams& gp, const Tile& t, const float* tile) {
+  const int64_t* stride = gp.d_bias_stride;
+  float* to = static_cast<float*>(gp.d_bias) + t.b * stride[0] + t.hq * stride[1] + t.i0 * stride[2] + t.j0 * stride[3];
+  if (stride[2] == 0) {
+    for (int64_t c = 0; c < t.nk; ++c) {
+      Vf sum = vzero();
+      for (int64_t r = 0; r < t.rows; r += kLanes) {
+        const Vf x = vload(tile + c * kBlockRows + r);
+        // Lanes past the last row hold the weights of rows that do not exist.
+        sum = vadd(sum, r + kLanes <= t.rows ? x : vload_first(tile + c * kBlockRows + r, t.rows - r));
+      }
+      to[c * stride[3]] += vreduce_add(sum);
+    }
+    return;
+  }
+  for (int64_t r0 = 0; r0 < t.rows; r0 += kLanes) {
+    if (stride[3] == 0) {
+      Vf sum = vzero();
+      for (int64_t c = 0; c < t.nk; ++c) sum = vadd(sum, vload(tile + c * kBlockRows + r0));
+      float lanes[kLanes];
+      vstore(lanes, sum);
+      for (int64_t r = 0; r < kLanes && r0 + r < t.rows; ++r) to[(r0 + r) * stride[2]] += lanes[r];
+      continue;
+    }
+    for (int64_t c0 = 0; c0 < t.nk; c0 += kLanes) {
+      Vf block[kLanes];
+      for (int c = 0; c < kLanes; ++c) block[c] = c0 + c < t.nk ? vload(tile + (c0 + c) * kBlockRows + r0) : vzero();
+      vtranspose(block);
+      for (int r = 0; r < kLanes && r0 + r < t.rows; ++r) {
+        float* row = to + (r0 + r) * stride[2] + c0;  // a gradient's own keys are contiguous
+        const int64_t n = min_i64(kLanes, t.nk - c0);
+        Float32::store_first(row, vadd(Float32::load_first(row, n), block[r]), n);
+      }
+    }
+  }
+}
+
+template <class Element>
+inline float dot_rows(const typename Element::Raw* a, const typename Element::Raw* b, int64_t n) {
+  Vf sum = vzero();
+  for (int64_t c = 0; c < n; c += kLanes) {
+    sum = vfma(Element::load_first(a + c, n - c), Element::load_first(b + c, n - c), sum);
+  }
+  return vreduce_add(sum);
+}
+
+// Row statistics of rows [i0, i1), by super-block position; rows up to the next multiple of kBlockRows weigh nothing.
+// Returns this stretch's part of the sink's gradient.
+template <class Operands>
+inline float prepare_statistics(const AttentionGradParams& gp, int64_t b, int64_t hq, int64_t i0, int64_t i1,
+                                const BackwardScratch& scratch) {
+  using Raw = typename Operands::Raw;
+  const AttentionParams& p = gp.forward;
+  const int64_t first = (b * p.Hq + hq) * p.Lq;
+  const float* row_max = static_cast<const float*>(p.row_max) + first;
+  const float* row_sum = static_cast<const float*>(p.row_sum) + first;
+  const float* d_lse = gp.d_lse != nullptr ? static_cast<const float*>(gp.d_lse) + first : nullptr;
+  const bool has_sinks = gp.d_sinks != nullptr;
+  const float sink = has_sinks ? static_cast<const float*>(p.sinks)[hq] : 0.0f;
+  float d_sink = 0.0f;
+  for (int64_t i = i0; i < i1; ++i) {
+    const int64_t at = i - i0;
+    const bool is_empty = row_sum[i] == 0.0f;
+    scratch.row_max[at] = is_empty ? 0.0f : row_max[i];
+    scratch.inverse_sum[at] = is_empty ? 0.0f : 1.0f / row_sum[i];
+    float delta = 0.0f;
+    if (!is_empty) {
+      delta = dot_rows<typename Operands::Element>(row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i),
+                                                   row_at<const Raw>(p.o, p.o_stride, b, hq, i), p.Dv);
+      if (d_lse != nullptr) delta -= d_lse[i];
+      if (has_sinks) d_sink -= __builtin_expf(sink - row_max[i]) * scratch.inverse_sum[at] * delta;
+    }
+    scratch.delta[at] = delta;
+  }
+  for (int64_t at = i1 - i0; at < round_up(i1 - i0, kBlockRows); ++at) {
+    scratch.row_max[at] = scratch.inverse_sum[at] = scratch.delta[at] = 0.0f;
+  }
+  return d_sink;
+}
+
+// A super-block of rows of one head against the task's keys [j0, j1), which all exist.
+template <class Operands>
+inline void backward_super_block(const AttentionGradParams& gp, const MaskGeometry& g, int64_t b, int64_t hq,
+                                 int64_t hkv, int64_t super_i0, int64_t super_i1, int64_t j0, int64_t j1, float* dq,
+                                 const BackwardScratch& scratch) {
+  using Raw = typename Operands::Raw;
+  using Unit = typename Operands::Unit;
+  const AttentionParams& p = gp.forward;
+  const float scale = static_cast<float>(p.scale);
+  const float rest_scale = Operands::kPairs ? scale : 1.0f;
+  const int64_t step = key_step(p, j1 - j0);
+
+  // Pack the blocks of rows that see any of these keys.
+  const TileRange seen = row_range(g, j0, j1);
+  Operand q_rows[kSuperBlocks], d_o_rows[kSuperBlocks];
+  for (int64_t i0 = super_i0; i0 < super_i1; i0 += kBlockRows) {
+    const int64_t block = (i0 - super_i0) / kBlockRows;
+    const int64_t rows = min_i64(kBlockRows, super_i1 - i0);
+    if (i0 >= seen.end || i0 + rows <= seen.begin) continue;
+    const Raw* q = row_at<const Raw>(p.q, p.q_stride, b, hq, i0);
+    const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i0);
+    Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, scale);
+    Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
+    q_rows[block] = Operands::vector_rows(scratch.q_rows[block], q, p.q_stride[2], rows, p.D);
+    d_o_rows[block] = Operands::vector_rows(scratch.d_o_rows[block], d_o, gp.d_o_stride[2], rows, p.Dv);
+  }
+
+  const int64_t dk_stride = Operands::padded(p.D), dv_stride = Operands::padded(p.Dv);
+  for (int64_t key0 = j0; key0 < j1; key0 += step) {
+    const int64_t nk = min_i64(step, j1 - key0);
+    const TileRange rows_seen = row_range(g, key0, key0 + nk);
+    const int64_t begin = max_i64(super_i0, rows_seen.begin / kBlockRows * kBlockRows);
+    const int64_t end = min_i64(super_i1, rows_seen.end);
+    if (begin >= end) continue;
+    const Raw* k = row_at<const Raw>(p.k, p.k_stride, b, hkv, key0);
+    const Raw* v = row_at<const Raw>(p.v, p.v_stride, b, hkv, key0);
+    const Operand k_broadcast = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], nk, p.D);
+    const Operand v_broadcast = Operands::broadcast_rows(scratch.v, v, p.v_stride[2], nk, p.Dv);
+    const Operand k_vectors = Operands::vector_rows(scratch.k_rows, k, p.k_stride[2], nk, p.D);
+    for (int64_t i0 = begin; i0 < end; i0 += kBlockRows) {
+      const int64_t block = (i0 - super_i0) / kBlockRows;
+      const Tile tile{b, hq, i0, min_i64(kBlockRows, super_i1 - i0), key0, nk};
+      const TileKind kind = tile_mask(p, g, tile, scratch.keep);
+      if (kind == TileKind::kSkip) continue;
+      ScoreModifiers modifiers;
+      const bool is_modified = has_modifiers(p) || kind == TileKind::kPartial;
+      if (is_modified) {
+        modifiers = score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr,
+                                    scratch.bias);
+        modifiers.tanh_tile = p.softcap != 0.0 ? scratch.tanh : nullptr;
+      }
+      if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
+      const BackwardPanel<Operands> panel{p,           scratch, is_modified ? &modifiers : nullptr, rest_scale,
+                                          k_broadcast, v_broadcast, nk, block, gp.d_bias != nullptr};
+      for_each_panel(vectors_of(tile.rows), panel);
+      if (gp.d_bias != nullptr) add_d_bias(gp, tile, scratch.d_bias);
+
+      // The products over rows read whole groups of keys: those past the last one weigh nothing.
+      const int64_t row_units = Operands::units(tile.rows);
+      const char *weights, *ds_rows, *ds_columns;
+      int64_t key_stride;
+      if constexpr (Operands::kPairs) {
+        memset(scratch.s_half + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(uint16_t));
+        memset(scratch.ds_half + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(uint16_t));
+        weights = reinterpret_cast<const char*>(scratch.s_half);
+        ds_rows = reinterpret_cast<const char*>(scratch.ds_half);
+        ds_columns = reinterpret_cast<const char*>(scratch.ds_pairs);
+        key_stride = kBlockRows * 2;
+      } else {
+        memset(scratch.s + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(float));
+        memset(scratch.ds + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(float));
+        weights = reinterpret_cast<const char*>(scratch.s);
+        ds_rows = ds_columns = reinterpret_cast<const char*>(scratch.ds);
+        key_stride = kBlockRows * 4;
+      }
+      for_each_panel(vectors_of(p.Dv),
+                     AccumulateRows<Unit>{weights, key_stride, nk, d_o_rows[block], row_units,
+                                          scratch.dv + (key0 - j0) * dv_stride, dv_stride});
+      for_each_panel(vectors_of(p.D), AccumulateRows<Unit>{ds_rows, key_stride, nk, q_rows[block], row_units,
+                                                           scratch.dk + (key0 - j0) * dk_stride, dk_stride});
+      for_each_panel(vectors_of(p.D),
+                     AccumulateColumns<Unit>{ds_columns, kBlockRows * 4, tile.rows, k_vectors, Operands::units(nk),
+                                             dq + block * kBlockRows * dq_columns(p), dq_columns(p)});
+    }
+  }
+}
+
+template <class Operands>
+inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& task, char* memory) {
+  using Element = typename Operands::Element;
+  using Raw = typename Operands::Raw;
+  const AttentionParams& p = gp.forward;
+  const BackwardScratch scratch =
+      backward_scratch<Operands>(gp, task.j1 - task.j0, task.dq_partial == nullptr, memory, nullptr);
+  const int64_t group = p.Hq / p.Hkv;
+  const int64_t dk_stride = Operands::padded(p.D), dv_stride = Operands::padded(p.Dv);
+  const int64_t padded_Lq = round_up(p.Lq, kBlockRows);
+  for (int64_t b = task.b0; b < task.b1; ++b) {
+    const MaskGeometry g = mask_geometry(p, b);
+    const int64_t j1 = min_i64(task.j1, g.Lk);  // keys past the sequence's length are not read
+    for (int64_t hkv = task.hkv0; hkv < task.hkv1; ++hkv) {
+      const size_t rows = static_cast<size_t>(task.j1 - task.j0 + kRowPad);
+      memset(scratch.dk, 0, rows * static_cast<size_t>(dk_stride) * sizeof(float));
+      memset(scratch.dv, 0, rows * static_cast<size_t>(dv_stride) * sizeof(float));
+      for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
+        float d_sink = 0.0f;
+        for (int64_t i0 = 0; i0 < p.Lq; i0 += kSuperRows) {
+          const int64_t i1 = min_i64(p.Lq, i0 + kSuperRows);
+          float* dq = task.dq_partial != nullptr
+                          ? task.dq_partial + ((b * p.Hq + hq) * padded_Lq + i0) * dq_columns(p)
+                          : scratch.dq;
+          memset(dq, 0, sizeof(float) * static_cast<size_t>(round_up(i1 - i0, kBlockRows) * dq_columns(p)));
+          const TileRange seen = j1 > task.j0 ? row_range(g, task.j0, j1) : TileRange{};
+          const bool is_seen = seen.begin < i1 && seen.end > i0;
+          if (is_seen || task.d_sinks_partial != nullptr) {
+            d_sink += prepare_statistics<Operands>(gp, b, hq, i0, i1, scratch);
+          }
+          if (is_seen) backward_super_block<Operands>(gp, g, b, hq, hkv, i0, i1, task.j0, j1, dq, scratch);
+          if (task.dq_partial == nullptr) {
+            narrow_rows<Element>(row_at<Raw>(gp.dq, gp.dq_stride, b, hq, i0), gp.dq_stride[2], dq, dq_columns(p),
+                                 i1 - i0, p.D);
+          }
+        }
+        if (task.d_sinks_partial != nullptr) task.d_sinks_partial[b * p.Hq + hq] = d_sink;
+      }
+      narrow_rows<Element>(row_at<Raw>(gp.dk, gp.dk_stride, b, hkv, task.j0), gp.dk_stride[2], scratch.dk, dk_stride,
+                           task.j1 - task.j0, p.D);
+      narrow_rows<Element>(row_at<Raw>(gp.dv, gp.dv_stride, b, hkv, task.j0), gp.dv_stride[2], scratch.dv, dv_stride,
+                           task.j1 - task.j0, p.Dv);
+    }
+  }
+}
+
+template <class Operands>
+inline void reduce_dq_as(const AttentionGradParams& gp, int64_t b, int64_t hq, int64_t i0, int64_t i1,
+                         const float* partials, int64_t chunks, int64_t chunk_stride) {
+  using Element = typename Operands::Element;
+  using Raw = typename Operands::Raw;
+  const AttentionParams& p = gp.forward;
+  const float* head = partials + (b * p.Hq + hq) * round_up(p.Lq, kBlockRows) * dq_columns(p);
+  for (int64_t i = i0; i < i1; ++i) {
+    Raw* to = row_at<Raw>(gp.dq, gp.dq_stride, b, hq, i);
+    for (int64_t c = 0; c < p.D; c += kLanes) {
+      const float* from = head + i * dq_columns(p) + c;
+      Vf sum = vload(from);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = vadd(sum, vload(from + chunk * chunk_stride));
+      Element::store_first(to + c, sum, p.D - c);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_ISA

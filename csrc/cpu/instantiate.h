@@ -1,0 +1,129 @@
+// The kernel table of one instruction set. Included last by every isa_<isa>.cpp.
+#pragma once
+
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+#include "cpu/kernels.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+// Calls f.run<Operands>() with the operands that serve dtype.
+template <class F>
+FASTATTN_FN auto with_operands(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+#if FASTATTN_BF16_DOT
+      return f.template run<Bf16Operands>();
+#else
+      return f.template run<FloatOperands<BFloat16>>();
+#endif
+    case DType::kFloat16:
+      return f.template run<FloatOperands<Float16>>();
+    default:
+      return f.template run<FloatOperands<Float32>>();
+  }
+}
+
+struct ForwardBytes {
+  const AttentionParams& p;
+  template <class Operands>
+  size_t run() const {
+    size_t bytes = 0;
+    forward_scratch<Operands>(p, nullptr, &bytes);
+    return bytes;
+  }
+};
+size_t forward_scratch_bytes(const AttentionParams& p) { return with_operands(p.dtype, ForwardBytes{p}); }
+
+struct ForwardRun {
+  const AttentionParams& p;
+  const ForwardItem& item;
+  char* scratch;
+  template <class Operands>
+  void run() const {
+    forward_item_as<Operands>(p, item, scratch);
+  }
+};
+void forward_item(const AttentionParams& p, const ForwardItem& item, void* scratch) {
+  with_operands(p.dtype, ForwardRun{p, item, static_cast<char*>(scratch)});
+}
+
+struct BackwardBytes {
+  const AttentionGradParams& p;
+  int64_t chunk_keys;
+  bool dq_in_scratch;
+  template <class Operands>
+  size_t run() const {
+    size_t bytes = 0;
+    backward_scratch<Operands>(p, chunk_keys, dq_in_scratch, nullptr, &bytes);
+    return bytes;
+  }
+};
+size_t backward_scratch_bytes(const AttentionGradParams& p, int64_t chunk_keys, bool dq_in_scratch) {
+  return with_operands(p.forward.dtype, BackwardBytes{p, chunk_keys, dq_in_scratch});
+}
+
+struct BackwardRun {
+  const AttentionGradParams& p;
+  const BackwardTask& task;
+  char* scratch;
+  template <class Operands>
+  void run() const {
+    backward_task_as<Operands>(p, task, scratch);
+  }
+};
+void backward_task(const AttentionGradParams& p, const BackwardTask& task, void* scratch) {
+  with_operands(p.forward.dtype, BackwardRun{p, task, static_cast<char*>(scratch)});
+}
+
+struct ReduceDq {
+  const AttentionGradParams& p;
+  int64_t b, hq, i0, i1;
+  const float* partials;
+  int64_t chunks, chunk_stride;
+  template <class Operands>
+  void run() const {
+    reduce_dq_as<Operands>(p, b, hq, i0, i1, partials, chunks, chunk_stride);
+  }
+};
+void reduce_dq(const AttentionGradParams& p, int64_t b, int64_t hq, int64_t i0, int64_t i1, const float* partials,
+               int64_t chunks, int64_t chunk_stride) {
+  with_operands(p.forward.dtype, ReduceDq{p, b, hq, i0, i1, partials, chunks, chunk_stride});
+}
+
+// Independent chains of multiply-adds, as many as the register file holds beside their operands: the peak that the
+// benchmark compares with.
+template <class Unit>
+double multiply_adds_as(int64_t rounds, double flop_per_lane, float* sink) {
+  constexpr int kChains = kPanelVectors == 4 ? 24 : 12;
+  Vf acc[kChains];
+  for (int c = 0; c < kChains; ++c) acc[c] = vset(static_cast<float>(c));
+  alignas(64) uint32_t zeros[kLanes] = {};
+  asm volatile("" : : "r"(zeros) : "memory");  // the compiler must not know the operands
+  const auto a = Unit::load(reinterpret_cast<const char*>(zeros));
+  const auto b = Unit::load(reinterpret_cast<const char*>(zeros));
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 24
+    for (int c = 0; c < kChains; ++c) acc[c] = Unit::multiply_add(a, b, acc[c]);
+  }
+  Vf sum = vzero();
+  for (int c = 0; c < kChains; ++c) sum = vadd(sum, acc[c]);
+  *sink = vreduce_add(sum);
+  return flop_per_lane * kLanes * kChains * static_cast<double>(rounds);
+}
+double multiply_adds(DType dtype, int64_t rounds, float* sink) {
+#if FASTATTN_BF16_DOT
+  if (dtype == DType::kBFloat16) return multiply_adds_as<Bf16Pair>(rounds, 4.0, sink);
+#endif
+  (void)dtype;
+  return multiply_adds_as<Float32Unit>(rounds, 2.0, sink);
+}
+
+}  // namespace
+
+const KernelTable kernels = {
+    forward_scratch_bytes, forward_item, backward_scratch_bytes, backward_task, reduce_dq, 2 * kLanes, multiply_adds,
+};
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,0 +1,60 @@
+// What one instruction set offers: a table of functions, filled by csrc/cpu/isa_<isa>.cpp and used by dispatch.cpp.
+//
+// Work is cut into items here, by plain host functions, so that every level computes the same decomposition; a kernel
+// computes one item with scratch memory that it is given. Kernels allocate nothing and call nothing that throws.
+#pragma once
+
+#include <cstddef>
+
+#include "core/params.h"
+
+namespace fastattn::cpu {
+
+// Query rows that a kernel processes together; score tiles have this many columns.
+constexpr int64_t kBlockRows = 64;
+
+// Rows [i0, i1) of one (b, hq), i1 - i0 <= kBlockRows.
+struct ForwardItem {
+  int64_t b, hq, i0, i1;
+};
+
+// Backward works on the keys [j0, j1) of the KV heads of one group. A group is one (b, hkv), or all those that share a
+// slice of a bias whose gradient is wanted: their sum is then formed by one worker, in order.
+struct BackwardTask {
+  int64_t b0, b1, hkv0, hkv1;
+  int64_t j0, j1;
+  float* dq_partial;       // [B, Hq, Lq padded to kBlockRows, D padded] of this chunk, or null: the task writes dq itself
+  float* d_sinks_partial;  // [B, Hq], or null
+};
+
+struct KernelTable {
+  size_t (*forward_scratch_bytes)(const AttentionParams&);
+  void (*forward_item)(const AttentionParams&, const ForwardItem&, void* scratch);
+
+  size_t (*backward_scratch_bytes)(const AttentionGradParams&, int64_t chunk_keys, bool dq_in_scratch);
+  void (*backward_task)(const AttentionGradParams&, const BackwardTask&, void* scratch);
+  // Sums `chunks` partials of rows [i0, i1) of one (b, hq), `chunk_stride` floats apart, and rounds them into dq.
+  void (*reduce_dq)(const AttentionGradParams&, int64_t b, int64_t hq, int64_t i0, int64_t i1, const float* partials,
+                    int64_t chunks, int64_t chunk_stride);
+  int64_t dq_padding;  // rows of dq partials hold a multiple of this many floats
+
+  // Runs `rounds` rounds of multiply-adds in registers and returns the flop done; for dtype see measure_peak_flops.
+  double (*multiply_adds)(DType dtype, int64_t rounds, float* sink);
+};
+
+namespace baseline {
+extern const KernelTable kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable kernels;
+}
+namespace avx512 {
+extern const KernelTable kernels;
+}
+namespace avx512_bf16 {
+extern const KernelTable kernels;
+}
+#endif
+
+}  // namespace fastattn::cpu

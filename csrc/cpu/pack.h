@@ -1,0 +1,182 @@
+// Moving rows between the caller's tensors and the layouts of the micro-kernels: widening, padding, transposing.
+#pragma once
+
+#include <string.h>
+
+#include "core/macros.h"
+#include "cpu/kernels.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+// How the elements of a tensor are read into, and written from, float lanes.
+struct Float32 {
+  using Raw = float;
+  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? vload(p) : vload_first(p, n); }
+  FASTATTN_FN void store_first(Raw* p, Vf x, int64_t n) {
+    if (n >= kLanes) {
+      vstore(p, x);
+    } else {
+      vstore_first(p, x, n);
+    }
+  }
+};
+struct BFloat16 {
+  using Raw = uint16_t;
+  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? vload_bf16(p) : vload_bf16_first(p, n); }
+  FASTATTN_FN void store_first(Raw* p, Vf x, int64_t n) { vstore_bf16_first(p, x, n); }
+};
+struct Float16 {
+  using Raw = uint16_t;
+  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? vload_f16(p) : vload_f16_first(p, n); }
+  FASTATTN_FN void store_first(Raw* p, Vf x, int64_t n) { vstore_f16_first(p, x, n); }
+};
+
+FASTATTN_FN constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Address of a row of a [batch, head, row, :] tensor with a contiguous last dimension.
+template <class Raw>
+FASTATTN_FN Raw* row_at(const void* base, const int64_t (&stride)[3], int64_t b, int64_t h, int64_t row) {
+  return const_cast<Raw*>(static_cast<const Raw*>(base)) + b * stride[0] + h * stride[1] + row * stride[2];
+}
+
+// Walks over scratch memory; every piece starts on a cache line.
+struct Arena {
+  char* at;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(at);
+    at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+// Widens rows into floats, with zeros up to `padded_columns` (a multiple of kLanes) and `padded_rows`.
+template <class Element>
+inline void widen_rows(float* to, int64_t to_stride, const typename Element::Raw* from, int64_t from_stride,
+                       int64_t rows, int64_t columns, int64_t padded_rows, int64_t padded_columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < padded_columns; c += kLanes) {
+      const Vf x = c < columns ? Element::load_first(from + r * from_stride + c, columns - c) : vzero();
+      vstore(to + r * to_stride + c, x);
+    }
+  }
+  for (int64_t r = rows; r < padded_rows; ++r) memset(to + r * to_stride, 0, sizeof(float) * padded_columns);
+}
+
+// to[c][r] = factor * from[r][c]: the transposed copy that the row-major kernels read as B. Rows up to kBlockRows are
+// zero; the columns of `to` are written in groups of kLanes, so `to` has round_up(columns, kLanes) rows of kBlockRows.
+template <class Element>
+inline void transpose_rows(float* to, const typename Element::Raw* from, int64_t from_stride, int64_t rows,
+                           int64_t columns, float factor) {
+  const Vf f = vset(factor);
+  for (int64_t r0 = 0; r0 < kBlockRows; r0 += kLanes) {
+    if (r0 >= rows) {
+      for (int64_t c = 0; c < columns; ++c) vstore(to + c * kBlockRows + r0, vzero());
+      continue;
+    }
+    for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
+      Vf tile[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        tile[r] = r0 + r < rows ? vmul(f, Element::load_first(from + (r0 + r) * from_stride + c0, columns - c0))
+                                : vzero();
+      }
+      vtranspose(tile);
+      for (int c = 0; c < kLanes; ++c) vstore(to + (c0 + c) * kBlockRows + r0, tile[c]);
+    }
+  }
+}
+
+// from[c][r] for r < rows, each row r scaled by row_factor[r], written as to[r][c]: the inverse of transpose_rows.
+template <class Element>
+inline void transpose_back(typename Element::Raw* to, int64_t to_stride, const float* from, int64_t rows,
+                           int64_t columns, const float* row_factor) {
+  for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
+    const Vf f = vload(row_factor + r0);
+    for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
+      Vf tile[kLanes];
+      for (int c = 0; c < kLanes; ++c) tile[c] = vmul(f, vload(from + (c0 + c) * kBlockRows + r0));
+      vtranspose(tile);
+      for (int r = 0; r < kLanes && r0 + r < rows; ++r) {
+        Element::store_first(to + (r0 + r) * to_stride + c0, tile[r], columns - c0);
+      }
+    }
+  }
+}
+
+// Rounds rows of floats into a tensor.
+template <class Element>
+inline void narrow_rows(typename Element::Raw* to, int64_t to_stride, const float* from, int64_t from_stride,
+                        int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Element::store_first(to + r * to_stride + c, vload(from + r * from_stride + c), columns - c);
+    }
+  }
+}
+
+template <class Element>
+inline void zero_rows(typename Element::Raw* to, int64_t to_stride, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) memset(to + r * to_stride, 0, sizeof(typename Element::Raw) * columns);
+}
+
+#if FASTATTN_BF16_DOT
+// transpose_rows for pairs along the columns: to[c / 2][r] = (from[r][c], from[r][c + 1]).
+inline void transpose_pairs(uint32_t* to, const uint16_t* from, int64_t from_stride, int64_t rows, int64_t columns) {
+  const int64_t units = (columns + 1) / 2;
+  for (int64_t r0 = 0; r0 < kBlockRows; r0 += kLanes) {
+    if (r0 >= rows) {
+      for (int64_t u = 0; u < units; ++u) vistore(to + u * kBlockRows + r0, viset(0));
+      continue;
+    }
+    for (int64_t u0 = 0; u0 < units; u0 += kLanes) {
+      Vf tile[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        tile[r] = r0 + r < rows ? vbits_as_float(vload_pairs_first(from + (r0 + r) * from_stride + 2 * u0,
+                                                                   columns - 2 * u0))
+                                : vzero();
+      }
+      vtranspose(tile);
+      for (int u = 0; u < kLanes; ++u) vistore(to + (u0 + u) * kBlockRows + r0, vbits_as_int(tile[u]));
+    }
+  }
+}
+
+// Copies rows of bfloat16 numbers with zeros up to `padded_columns` (a multiple of 2 * kLanes) and `padded_rows`.
+inline void copy_pairs(uint16_t* to, int64_t to_stride, const uint16_t* from, int64_t from_stride, int64_t rows,
+                       int64_t columns, int64_t padded_rows, int64_t padded_columns) {
+  for (int64_t r = 0; r < padded_rows; ++r) {
+    for (int64_t c = 0; c < padded_columns; c += 2 * kLanes) {
+      const Vi x = r < rows && c < columns ? vload_pairs_first(from + r * from_stride + c, columns - c) : viset(0);
+      vistore(reinterpret_cast<uint32_t*>(to + r * to_stride + c), x);
+    }
+  }
+}
+
+// to[r / 2][c] = (from[r][c], from[r + 1][c]), with zeros for a missing last row and up to `padded_columns` (a multiple
+// of kLanes).
+inline void interleave_rows(uint32_t* to, int64_t to_stride, const uint16_t* from, int64_t from_stride, int64_t rows,
+                            int64_t columns, int64_t padded_columns) {
+  alignas(64) static const uint16_t zeros[kLanes] = {};
+  for (int64_t r = 0; r < rows; r += 2) {
+    const uint16_t* low = from + r * from_stride;
+    const bool has_high = r + 1 < rows;
+    const uint16_t* high = has_high ? low + from_stride : zeros;
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      vistore(to + r / 2 * to_stride + c, vinterleave_rows_bf16(low + c, has_high ? high + c : zeros));
+    }
+    for (; c < padded_columns; c += kLanes) {
+      uint16_t low_part[kLanes] = {}, high_part[kLanes] = {};
+      for (int64_t l = 0; c + l < columns; ++l) {
+        low_part[l] = low[c + l];
+        if (has_high) high_part[l] = high[c + l];
+      }
+      vistore(to + r / 2 * to_stride + c, vinterleave_rows_bf16(low_part, high_part));
+    }
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_ISA

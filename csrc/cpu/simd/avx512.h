@@ -1,0 +1,148 @@
+// The vector vocabulary on AVX-512 (F, BW, DQ, VL), and the bfloat16 dot product where FASTATTN_BF16_DOT says so.
+//
+// Included only by csrc/cpu/isa_*.cpp, inside that file's target region and namespace. simd/baseline.h documents what
+// each operation means.
+#pragma once
+
+// GCC 12 takes the deliberately undefined registers of its own intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "core/macros.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kPanelVectors = 4;  // 32 registers: 6 x 4 accumulators, 4 operands, 1 broadcast
+
+using Vf = __m512;
+using Vi = __m512i;
+using Vm = __mmask16;
+
+FASTATTN_FN Vf vzero() { return _mm512_setzero_ps(); }
+FASTATTN_FN Vf vset(float x) { return _mm512_set1_ps(x); }
+FASTATTN_FN Vf vload(const float* p) { return _mm512_loadu_ps(p); }
+FASTATTN_FN void vstore(float* p, Vf x) { _mm512_storeu_ps(p, x); }
+FASTATTN_FN Vf vadd(Vf a, Vf b) { return _mm512_add_ps(a, b); }
+FASTATTN_FN Vf vsub(Vf a, Vf b) { return _mm512_sub_ps(a, b); }
+FASTATTN_FN Vf vmul(Vf a, Vf b) { return _mm512_mul_ps(a, b); }
+FASTATTN_FN Vf vdiv(Vf a, Vf b) { return _mm512_div_ps(a, b); }
+FASTATTN_FN Vf vfma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
+FASTATTN_FN Vf vmax(Vf a, Vf b) { return _mm512_max_ps(a, b); }
+FASTATTN_FN Vf vmin(Vf a, Vf b) { return _mm512_min_ps(a, b); }
+FASTATTN_FN Vf vround(Vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTATTN_FN Vf vabs(Vf a) { return _mm512_abs_ps(a); }
+FASTATTN_FN Vf vscale_exp2(Vf a, Vf n) { return _mm512_scalef_ps(a, n); }
+FASTATTN_FN float vreduce_add(Vf a) { return _mm512_reduce_add_ps(a); }
+FASTATTN_FN float vreduce_max(Vf a) { return _mm512_reduce_max_ps(a); }
+
+FASTATTN_FN Vm vless(Vf a, Vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+FASTATTN_FN Vm vequal(Vf a, Vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+FASTATTN_FN Vm vmask_from_bits(uint64_t bits) { return static_cast<Vm>(bits); }
+FASTATTN_FN Vf vselect(Vm m, Vf yes, Vf no) { return _mm512_mask_blend_ps(m, no, yes); }
+
+FASTATTN_FN Vi viset(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+FASTATTN_FN Vi viota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+FASTATTN_FN Vi viadd(Vi a, Vi b) { return _mm512_add_epi32(a, b); }
+FASTATTN_FN Vi vixor(Vi a, Vi b) { return _mm512_xor_si512(a, b); }
+FASTATTN_FN Vm vigreater_equal(Vi a, Vi b) { return _mm512_cmpge_epu32_mask(a, b); }
+FASTATTN_FN Vf vfrom_int(Vi a) { return _mm512_cvtepi32_ps(a); }
+FASTATTN_FN Vi viload(const uint32_t* p) { return _mm512_loadu_si512(p); }
+FASTATTN_FN void vistore(uint32_t* p, Vi x) { _mm512_storeu_si512(p, x); }
+FASTATTN_FN Vf vbits_as_float(Vi a) { return _mm512_castsi512_ps(a); }
+FASTATTN_FN Vi vbits_as_int(Vf a) { return _mm512_castps_si512(a); }
+
+// Products of two 32-bit unsigned numbers, high and low halves: even and odd lanes are multiplied apart.
+FASTATTN_FN void vimul_wide(Vi a, Vi b, Vi* high, Vi* low) {
+  const Vi even = _mm512_mul_epu32(a, b);
+  const Vi odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+  *low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  *high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+}
+
+FASTATTN_FN Vm first_lanes(int64_t n) { return n >= kLanes ? Vm(0xFFFF) : static_cast<Vm>((1u << n) - 1u); }
+
+FASTATTN_FN Vf vload_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+FASTATTN_FN void vstore_first(float* p, Vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+
+FASTATTN_FN Vf widen_bf16(__m256i h) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+FASTATTN_FN Vf vload_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+FASTATTN_FN Vf vload_bf16_first(const uint16_t* p, int64_t n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+FASTATTN_FN Vf vload_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+FASTATTN_FN Vf vload_f16_first(const uint16_t* p, int64_t n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+
+// Round to nearest even; NaN stays NaN (the addition could carry a NaN's payload into infinity).
+FASTATTN_FN __m256i narrow_bf16(Vf x) {
+  const Vi bits = _mm512_castps_si512(x);
+  const Vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const Vi rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const Vm nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, viset(0x7FC00000u)), 16));
+}
+FASTATTN_FN void vstore_bf16_first(uint16_t* p, Vf x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(x));
+}
+FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// r[i] lane j <-> r[j] lane i, in four rounds that swap blocks of 1, 2, 4 and 8 lanes.
+FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
+  Vf t[kLanes];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+      r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 4; ++j) {
+      t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xDD);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xDD);
+  }
+}
+
+#if FASTATTN_BF16_DOT
+// Two bfloat16 numbers in one 32-bit unit: acc + a.low * b.low + a.high * b.high.
+FASTATTN_FN Vf vdot_bf16(Vf acc, Vi a, Vi b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+
+// kLanes numbers rounded to bfloat16.
+using Vh = __m256i;
+FASTATTN_FN Vh vnarrow(Vf x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+FASTATTN_FN void vhstore(uint16_t* p, Vh x) { _mm256_storeu_si256((__m256i*)p, x); }
+// Lane i of the result holds (low[i], high[i]).
+FASTATTN_FN Vi vinterleave(Vh low, Vh high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+// Rows of kLanes bfloat16 numbers: lane i holds (low[i], high[i]).
+FASTATTN_FN Vi vinterleave_rows_bf16(const uint16_t* low, const uint16_t* high) {
+  return vinterleave(_mm256_loadu_si256((const __m256i*)low), _mm256_loadu_si256((const __m256i*)high));
+}
+// The first n (at most 2 * kLanes) bfloat16 numbers of a row as 32-bit pairs, zero beyond.
+FASTATTN_FN Vi vload_pairs_first(const uint16_t* p, int64_t n) {
+  return _mm512_maskz_loadu_epi16(n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u, p);
+}
+#endif
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_ISA
