@@ -148,7 +148,10 @@ View rows_view(const py::array& array, const char* name, DType dtype, std::array
              std::to_string(dim) + ", not " + std::to_string(size[dim]) + ".");
     }
   }
-  if (view.size[3] > 1 && view.stride[3] != 1) refuse(std::string(name) + " must be contiguous in its last dimension.");
+  // NumPy gives an empty array any strides.
+  if (array.size() > 0 && size[3] > 1 && view.stride[3] != 1) {
+    refuse(std::string(name) + " must be contiguous in its last dimension.");
+  }
   for (size_t dim = 0; dim < 3; ++dim) stride[dim] = view.stride[dim];
   return view;
 }
