@@ -1,0 +1,50 @@
+// The arguments of the attention operators as torch hands them over, and the checks that every one of them passes.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "core/params.h"
+
+namespace fastattn {
+
+using torch::stable::Tensor;
+
+// Shapes: see core/params.h. alibi_slopes and sinks are of the accumulator type, rng_state is (seed, offset).
+struct AttentionArguments {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& mask;
+  const std::optional<Tensor>& alibi_slopes;
+  const std::optional<Tensor>& sinks;
+  const std::optional<Tensor>& kv_lengths;
+  const std::optional<Tensor>& rng_state;
+  int64_t causal;
+  int64_t window_left;
+  int64_t window_right;
+  std::optional<double> scale;
+  double softcap;
+  double dropout_p;
+};
+
+// What the backward pass takes on top.
+struct AttentionGradArguments {
+  const AttentionArguments& forward;
+  const Tensor& d_o;
+  const std::optional<Tensor>& d_lse;
+  const Tensor& o;
+  const Tensor& stats;
+  bool need_d_bias;
+  bool need_d_sinks;
+};
+
+// Throw std::invalid_argument, before anything is allocated, when an argument breaks a rule. What is returned has
+// sizes, dtypes and numbers filled in, and no pointer yet.
+AttentionParams check_attention(const AttentionArguments& arguments);
+AttentionParams check_attention_grad(const AttentionGradArguments& arguments);
+void check_dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p);
+
+}  // namespace fastattn

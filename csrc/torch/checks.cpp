@@ -1,0 +1,293 @@
+// The rules that arguments must keep. Every message names the argument, what was given, the rule and the remedy, and
+// has a test in tests/test_errors.py.
+#include <cmath>
+#include <limits>
+
+#include "torch/arguments.h"
+#include "torch/errors.h"
+#include "torch/tensors.h"
+
+namespace fastattn {
+namespace {
+
+void check_rank(const char* name, const Tensor& tensor) {
+  if (tensor.dim() != 4) {
+    value_error(name, " has ", tensor.dim(), " dimensions, shape ", shape_text(tensor),
+                "; attention takes four, (B, H, L, D): add or merge dimensions with unsqueeze or flatten.");
+  }
+}
+
+void check_device(const char* name, const Tensor& tensor) {
+  if (!tensor.is_cpu()) {
+    value_error(name, " is not on the CPU but q is; all tensors must be on one device: move it with ", name,
+                ".to(q.device).");
+  }
+}
+
+DType check_query_dtype(const Tensor& q) {
+  DType dtype;
+  if (!to_dtype(dtype_code(q), &dtype)) {
+    type_error("q is ", dtype_name(dtype_code(q)),
+               "; attention takes torch.float32, torch.bfloat16, torch.float16 and torch.float64: convert with q.to().");
+  }
+  return dtype;
+}
+
+void check_same_dtype(const char* name, const Tensor& tensor, DType dtype) {
+  if (!has_dtype(tensor, dtype)) {
+    const std::string wanted = dtype_name(dtype_code(dtype));
+    type_error(name, " is ", dtype_name(dtype_code(tensor)), " but q is ", wanted,
+               "; q, k and v must share one dtype: convert with ", name, ".to(", wanted, ").");
+  }
+}
+
+void check_accumulator_dtype(const char* name, const Tensor& tensor, DType dtype) {
+  if (!has_dtype(tensor, accumulator_dtype(dtype))) {
+    const std::string wanted = dtype_name(dtype_code(accumulator_dtype(dtype)));
+    type_error(name, " is ", dtype_name(dtype_code(tensor)), " but must be ", wanted, " with q in ",
+               dtype_name(dtype_code(dtype)), ": convert with ", name, ".to(", wanted, ").");
+  }
+}
+
+void check_shapes(const AttentionArguments& a, AttentionParams* p) {
+  check_rank("q", a.q);
+  check_rank("k", a.k);
+  check_rank("v", a.v);
+  const IntHeaderOnlyArrayRef q = a.q.sizes(), k = a.k.sizes(), v = a.v.sizes();
+  p->B = q[0], p->Hq = q[1], p->Lq = q[2], p->D = q[3];
+  p->Hkv = k[1], p->Lk = k[2], p->Dv = v[3];
+  if (k[0] != p->B || v[0] != p->B) {
+    const bool is_k = k[0] != p->B;
+    const char* name = is_k ? "k" : "v";
+    value_error(name, " has batch size ", is_k ? k[0] : v[0], " but q has ", p->B,
+                "; the batch sizes must be equal: expand() makes a view that shares its rows.");
+  }
+  if (v[1] != p->Hkv) {
+    value_error("v has ", v[1], " heads but k has ", p->Hkv, "; every key head needs one value head: pass k and v with "
+                "the same number of heads.");
+  }
+  if (p->Hkv == 0 ? p->Hq != 0 : p->Hq % p->Hkv != 0) {
+    value_error("k has ", p->Hkv, " heads but q has ", p->Hq, "; q's heads must be a multiple of k's.");
+  }
+  if (v[2] != p->Lk) {
+    value_error("v has length ", v[2], " but k has ", p->Lk, "; every key needs one value: cut or pad them alike.");
+  }
+  if (k[3] != p->D) {
+    value_error("k has head dimension ", k[3], " but q has ", p->D,
+                "; scores are dot products of q and k, so the two must be equal (v's may differ).");
+  }
+  if (p->D == 0 || p->Dv == 0) {
+    value_error(p->D == 0 ? "q and k have" : "v has", " head dimension 0; it must be at least 1.");
+  }
+}
+
+// Whether a tensor of these sizes has a byte count that an int64 holds, gradients in the accumulator type included.
+bool fits(std::initializer_list<int64_t> sizes) {
+  int64_t bytes = 2 * sizeof(double);  // two statistics per row
+  for (const int64_t size : sizes) {
+    if (size == 0) return true;
+  }
+  for (const int64_t size : sizes) {
+    if (__builtin_mul_overflow(bytes, size, &bytes)) return false;
+  }
+  return true;
+}
+
+void check_sizes_fit(const AttentionParams& p) {
+  if (!fits({p.B, p.Hq, p.Lq, p.D}) || !fits({p.B, p.Hq, p.Lq, p.Dv}) || !fits({p.B, p.Hkv, p.Lk, p.D}) ||
+      !fits({p.B, p.Hkv, p.Lk, p.Dv})) {
+    value_error("q, k and v of shapes (", p.B, ", ", p.Hq, ", ", p.Lq, ", ", p.D, "), (", p.B, ", ", p.Hkv, ", ", p.Lk,
+                ", ", p.D, ") and (", p.B, ", ", p.Hkv, ", ", p.Lk, ", ", p.Dv,
+                ") have a result too large to address; it must be below 2^63 bytes: split the batch.");
+  }
+}
+
+void check_broadcasts(const char* name, const Tensor& tensor, const AttentionParams& p) {
+  const int64_t full[4] = {p.B, p.Hq, p.Lq, p.Lk};
+  bool broadcasts = tensor.dim() == 4;
+  for (int64_t i = 0; broadcasts && i < 4; ++i) broadcasts = tensor.size(i) == 1 || tensor.size(i) == full[i];
+  if (!broadcasts) {
+    value_error(name, " has shape ", shape_text(tensor), ", which does not broadcast to (B, Hq, Lq, Lk) = (", p.B, ", ",
+                p.Hq, ", ", p.Lq, ", ", p.Lk, "); each of its dimensions must be 1 or that size.");
+  }
+}
+
+void check_bias(const Tensor& bias, AttentionParams* p) {
+  check_device("bias", bias);
+  check_broadcasts("bias", bias, *p);
+  const int32_t code = dtype_code(bias);
+  if (code == aoti_torch_dtype_bool()) {
+    type_error("bias is torch.bool but is added to the scores; it must be a float tensor: a bool tensor that keeps or "
+               "drops keys goes to mask.");
+  }
+  if (code != dtype_code(p->dtype) && code != dtype_code(accumulator_dtype(p->dtype))) {
+    const std::string own = dtype_name(dtype_code(p->dtype));
+    type_error("bias is ", dtype_name(code), " but q is ", own, "; bias must have q's dtype",
+               p->dtype == DType::kBFloat16 || p->dtype == DType::kFloat16 ? " or torch.float32" : "",
+               ": convert with bias.to(", own, ").");
+  }
+  to_dtype(code, &p->bias_dtype);
+}
+
+void check_mask(const Tensor& mask, const AttentionParams& p) {
+  check_device("mask", mask);
+  check_broadcasts("mask", mask, p);
+  if (dtype_code(mask) != aoti_torch_dtype_bool()) {
+    type_error("mask is ", dtype_name(dtype_code(mask)), "; it must be torch.bool, True where a key is kept: convert with "
+               "mask.to(torch.bool), or pass a float tensor that is added to the scores as bias.");
+  }
+}
+
+void check_alibi_slopes(const Tensor& slopes, const AttentionParams& p) {
+  check_device("alibi_slopes", slopes);
+  const bool per_head = slopes.dim() == 1 && slopes.size(0) == p.Hq;
+  const bool per_batch = slopes.dim() == 2 && slopes.size(0) == p.B && slopes.size(1) == p.Hq;
+  if (!per_head && !per_batch) {
+    value_error("alibi_slopes has shape ", shape_text(slopes), "; it must be (Hq,) = (", p.Hq, ",) or (B, Hq) = (", p.B,
+                ", ", p.Hq, "), one slope for each head of q.");
+  }
+  check_accumulator_dtype("alibi_slopes", slopes, p.dtype);
+}
+
+void check_sinks(const Tensor& sinks, const AttentionParams& p) {
+  check_device("sinks", sinks);
+  if (sinks.dim() != 1 || sinks.size(0) != p.Hq) {
+    value_error("sinks has shape ", shape_text(sinks), "; it must be (Hq,) = (", p.Hq,
+                ",), one score for each head of q.");
+  }
+  check_accumulator_dtype("sinks", sinks, p.dtype);
+}
+
+void check_kv_lengths(const Tensor& lengths, const AttentionParams& p) {
+  check_device("kv_lengths", lengths);
+  if (dtype_code(lengths) != aoti_torch_dtype_int32()) {
+    type_error("kv_lengths is ", dtype_name(dtype_code(lengths)),
+               "; it must be torch.int32: convert with kv_lengths.to(torch.int32).");
+  }
+  if (lengths.dim() != 1 || lengths.size(0) != p.B) {
+    value_error("kv_lengths has shape ", shape_text(lengths), "; it must be (B,) = (", p.B,
+                ",), one length for each sequence.");
+  }
+  const auto* length = static_cast<const int32_t*>(lengths.const_data_ptr());
+  const int64_t stride = lengths.stride(0);
+  for (int64_t b = 0; b < p.B; ++b) {
+    if (length[b * stride] < 0 || length[b * stride] > p.Lk) {
+      value_error("kv_lengths[", b, "] is ", length[b * stride], " but k has length ", p.Lk,
+                  "; every length must lie in [0, ", p.Lk, "]: clamp it, or pass longer keys.");
+    }
+  }
+}
+
+void check_rng_state(const Tensor& state) {
+  if (!state.is_cpu() || dtype_code(state) != aoti_torch_dtype_int64() || state.dim() != 1 || state.size(0) != 2) {
+    value_error("rng_state is ", dtype_name(dtype_code(state)), " of shape ", shape_text(state),
+                "; it must be an int64 tensor (seed, offset) on the CPU.");
+  }
+}
+
+void check_probability(double p) {
+  if (!(p >= 0.0 && p <= 1.0)) {
+    value_error("dropout_p is ", p, "; it is a probability and must lie in [0, 1].");
+  }
+}
+
+// A number that is finite as a double can still be infinite in the type that the kernels compute in.
+bool is_finite(double x, DType dtype) {
+  return std::isfinite(accumulator_dtype(dtype) == DType::kFloat64 ? x : static_cast<double>(static_cast<float>(x)));
+}
+
+void check_numbers(const AttentionArguments& a, AttentionParams* p) {
+  if (a.causal < 0 || a.causal > 2) {
+    value_error("causal is ", a.causal, "; it must be 0 (none), 1 (top_left) or 2 (bottom_right).");
+  }
+  p->causal = static_cast<Causal>(a.causal);
+  if (a.window_left < kUnlimited || a.window_right < kUnlimited) {
+    value_error("window is (", a.window_left, ", ", a.window_right,
+                "); each side counts keys and must be at least 0: pass None for a side without a limit.");
+  }
+  p->window_left = a.window_left;
+  p->window_right = a.window_right;
+  p->scale = a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(p->D));
+  if (!is_finite(p->scale, p->dtype)) {
+    value_error("scale is ", p->scale, "; it must be finite in ", dtype_name(dtype_code(accumulator_dtype(p->dtype))),
+                ": pass None for 1/sqrt(D).");
+  }
+  p->softcap = a.softcap;
+  if (!is_finite(p->softcap, p->dtype) || p->softcap < 0.0) {
+    value_error("softcap is ", p->softcap, "; it must be finite and positive: pass None for no cap.");
+  }
+  check_probability(a.dropout_p);
+  p->dropout_p = a.dropout_p;
+}
+
+void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, DType dtype) {
+  bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (const int64_t size : sizes) equal = equal && tensor.size(i++) == size;
+  if (!equal) {
+    std::ostringstream wanted;
+    i = 0;
+    for (const int64_t size : sizes) wanted << (i++ ? ", " : "") << size;
+    value_error(name, " has shape ", shape_text(tensor), "; it must be (", wanted.str(), "), as the forward pass gave.");
+  }
+  if (!has_dtype(tensor, dtype)) {
+    type_error(name, " is ", dtype_name(dtype_code(tensor)), "; it must be ", dtype_name(dtype_code(dtype)),
+               ", as the forward pass gave.");
+  }
+}
+
+}  // namespace
+
+AttentionParams check_attention(const AttentionArguments& a) {
+  AttentionParams p;
+  check_device("q", a.q);
+  check_device("k", a.k);
+  check_device("v", a.v);
+  p.dtype = check_query_dtype(a.q);
+  check_same_dtype("k", a.k, p.dtype);
+  check_same_dtype("v", a.v, p.dtype);
+  check_shapes(a, &p);
+  check_sizes_fit(p);
+  if (a.bias) check_bias(*a.bias, &p);
+  if (a.mask) check_mask(*a.mask, p);
+  if (a.alibi_slopes) check_alibi_slopes(*a.alibi_slopes, p);
+  if (a.sinks) check_sinks(*a.sinks, p);
+  if (a.kv_lengths) check_kv_lengths(*a.kv_lengths, p);
+  check_numbers(a, &p);
+  if (a.rng_state) check_rng_state(*a.rng_state);
+  if (p.dropout_p > 0.0 && !a.rng_state) {
+    value_error("dropout_p is ", p.dropout_p, " but rng_state is missing; dropout draws from (seed, offset).");
+  }
+  return p;
+}
+
+AttentionParams check_attention_grad(const AttentionGradArguments& a) {
+  const AttentionParams p = check_attention(a.forward);
+  for (const auto& [name, tensor] : {std::pair{"d_o", &a.d_o}, {"o", &a.o}, {"stats", &a.stats}}) {
+    check_device(name, *tensor);
+  }
+  check_rows("d_o", a.d_o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
+  check_rows("o", a.o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
+  if (a.stats.dim() == 1 && a.stats.size(0) == 0) {
+    value_error("stats is empty; the backward pass needs them: call attention_forward with save_stats=True.");
+  }
+  check_rows("stats", a.stats, {2, p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
+  if (a.d_lse) {
+    check_device("d_lse", *a.d_lse);
+    check_rows("d_lse", *a.d_lse, {p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
+  }
+  if (a.need_d_bias && !a.forward.bias) value_error("need_d_bias is True but there is no bias.");
+  if (a.need_d_sinks && !a.forward.sinks) value_error("need_d_sinks is True but there are no sinks.");
+  return p;
+}
+
+void check_dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p) {
+  check_rng_state(rng_state);
+  check_probability(p);
+  if (B < 0 || H < 0 || Lq < 0 || Lk < 0 || !fits({B, H, Lq, Lk})) {
+    value_error("a dropout mask of shape (", B, ", ", H, ", ", Lq, ", ", Lk, ") was asked for; sizes must be at least 0, "
+                "and the mask must be addressable.");
+  }
+}
+
+}  // namespace fastattn

@@ -1,0 +1,80 @@
+"""From what an operator throws to the exception that a user sees.
+
+The rules that arguments must keep, and the messages, are in ``csrc/torch/checks.cpp``. Added here are the cases that never
+reach it: an argument that is no tensor, tensors that torch's dispatcher sends elsewhere (sparse, another device), a
+number of the wrong type. Nothing in this file runs before an operator has failed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What csrc/torch/errors.h puts before the message of a TypeError.
+_TYPE_ERROR = "fastattn[TypeError]: "
+
+
+def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) -> Exception:
+    """The exception to raise in place of ``error``, which an operator raised for these arguments.
+
+    Args:
+        error: What came out of the operator.
+        tensors: The tensor arguments by name, q first. None stands for one that was not passed.
+        numbers: The arguments that must be real numbers (or None), by name.
+
+    Returns:
+        A ValueError or TypeError whose text starts with "fastattn: ", or ``error`` itself when nothing is known of it.
+    """
+    text = str(error)
+    if text.startswith(_TYPE_ERROR):
+        return TypeError("fastattn: " + text[len(_TYPE_ERROR) :])
+    if text.startswith("fastattn: "):
+        return error
+    return _wrong_kind(tensors) or _wrong_number(numbers) or _wrong_place(tensors) or error
+
+
+def _wrong_kind(tensors: dict[str, Any]) -> Exception | None:
+    for name, value in tensors.items():
+        if value is None and name not in ("q", "k", "v"):
+            continue
+        if not isinstance(value, Tensor):
+            return TypeError(f"fastattn: {name} is a {type(value).__name__}; it must be a torch.Tensor.")
+        if value.is_nested:
+            return TypeError(
+                f"fastattn: {name} is a nested tensor; attention takes dense tensors: pad it with"
+                " torch.nested.to_padded_tensor and pass kv_lengths."
+            )
+        if value.layout != torch.strided:
+            return TypeError(
+                f"fastattn: {name} has layout {value.layout}; attention takes dense tensors: convert with {name}.to_dense()."
+            )
+        if value.is_quantized:
+            return TypeError(f"fastattn: {name} is quantized; attention takes floats: convert with {name}.dequantize().")
+    return None
+
+
+def _wrong_number(numbers: dict[str, Any]) -> Exception | None:
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            return TypeError(f"fastattn: {name} is a {type(value).__name__}; it must be a float.")
+    return None
+
+
+def _wrong_place(tensors: dict[str, Any]) -> Exception | None:
+    q = tensors["q"]
+    for name, value in tensors.items():
+        if value is not None and value.device != q.device:
+            return wrong_device(name, value, q)
+    if q.device.type != "cpu":
+        return ValueError(f"fastattn: q is on {q.device}, for which there is no kernel; move it to the CPU with q.cpu().")
+    return None
+
+
+def wrong_device(name: str, value: Tensor, q: Tensor) -> ValueError:
+    """The exception for a tensor that is not where q is."""
+    return ValueError(
+        f"fastattn: {name} is on {value.device} but q is on {q.device}; all tensors must be on one device: move it with"
+        f" {name}.to(q.device)."
+    )

@@ -1,0 +1,378 @@
+"""The compiled operators: loading, shape rules for tracing, autograd.
+
+``torch.ops.fastattn.attention_forward`` and ``attention_backward`` are ordinary torch operators: they have fakes and
+registered gradients, so that ``torch.compile`` traces them without a graph break and ``torch.func`` sees through them.
+Outside of a trace :func:`attention` goes past the registered gradient, to a ``torch.autograd.Function`` over the same
+two functions ``_save`` and ``_gradients``: torch.library's general wrapper costs some 70 µs more per forward + backward.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn import _errors
+
+_LIBRARY = Path(__file__).with_name("_C_cpu.so")
+
+# A level forced on the CPU kernels: baseline, avx2, avx512 or avx512_bf16.
+CAPABILITY_VARIABLE = "FASTATTN_CPU_CAPABILITY"
+
+
+def _load() -> None:
+    if not _LIBRARY.exists():
+        raise ImportError(
+            f"fastattn's compiled library {_LIBRARY} is missing; build it with `pip install --no-build-isolation .`,"
+            " or in a source tree with `python setup.py build_ext --inplace`."
+        )
+    torch.ops.load_library(str(_LIBRARY))
+    capability = os.environ.get(CAPABILITY_VARIABLE)
+    if capability:
+        try:
+            torch.ops.fastattn._set_isa(capability)
+        except ValueError as error:
+            raise ValueError(f"{error} It was set by the environment variable {CAPABILITY_VARIABLE}.") from None
+
+
+_load()
+
+_forward_op = torch.ops.fastattn.attention_forward.default
+_backward_op = torch.ops.fastattn.attention_backward.default
+
+# The arguments of attention_forward: nine tensors, then the settings (causal to dropout_p), then save_stats.
+_TENSORS = 9
+_DIFFERENTIABLE = (0, 1, 2, 3, 6)  # q, k, v, bias, sinks
+_CAUSAL_NAMES: tuple[bool | str, ...] = (False, "top_left", "bottom_right")  # by the operator's code
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which the kernels accumulate: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- Shape rules -------------------------------------------------------------------------------------------------------
+
+
+def _empty_rows_like(like: Tensor, B: int, H: int, L: int, D: int) -> Tensor:
+    """A result (B, H, L, D) laid out as ``like``; empty_rows_like in csrc/torch/attention.cpp says the same."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if guard_or_false(like.stride(1) < like.stride(2)):
+        return like.new_empty((B, L, H, D)).transpose(1, 2)
+    return like.new_empty((B, H, L, D))
+
+
+def _check_fake(tensors: dict[str, Tensor | None]) -> None:
+    """What the kernels check, as far as a tensor without data shows it and its absence would go unnoticed."""
+    q = tensors["q"]
+    assert q is not None
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != q.device:
+            raise _errors.wrong_device(name, tensor, q)
+
+
+@torch.library.register_fake("fastattn::attention_forward")
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    kv_lengths: Tensor | None,
+    rng_state: Tensor | None,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    save_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_fake(
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "bias": bias,
+            "mask": mask,
+            "alibi_slopes": alibi_slopes,
+            "sinks": sinks,
+            "kv_lengths": kv_lengths,
+        }
+    )
+    B, Hq, Lq, _ = q.shape
+    o = _empty_rows_like(q, B, Hq, Lq, v.shape[3])
+    accumulator = accumulator_dtype(q.dtype)
+    lse = q.new_empty((B, Hq, Lq), dtype=accumulator)
+    stats = q.new_empty((2, B, Hq, Lq) if save_stats else (0,), dtype=accumulator)
+    return o, lse, stats
+
+
+@torch.library.register_fake("fastattn::attention_backward")
+def _backward_fake(
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    stats: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    kv_lengths: Tensor | None,
+    rng_state: Tensor | None,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    need_d_bias: bool,
+    need_d_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    accumulator = accumulator_dtype(q.dtype)
+    nothing = q.new_empty((0,), dtype=accumulator)
+    d_bias = bias.new_empty(bias.shape) if need_d_bias and bias is not None else nothing
+    d_sinks = sinks.new_empty(sinks.shape) if need_d_sinks and sinks is not None else torch.empty_like(nothing)
+    dq, dk, dv = (_empty_rows_like(x, *x.shape) for x in (q, k, v))
+    return dq, dk, dv, d_bias, d_sinks
+
+
+@torch.library.register_fake("fastattn::dropout_mask")
+def _dropout_mask_fake(rng_state: Tensor, B: int, H: int, Lq: int, Lk: int, p: float) -> Tensor:
+    return rng_state.new_empty((B, H, Lq, Lk), dtype=torch.bool)
+
+
+# --- Gradients ---------------------------------------------------------------------------------------------------------
+
+
+def _save(
+    ctx: Any, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...], o: Tensor, stats: Tensor
+) -> None:
+    """Keeps what :func:`_gradients` needs of an attention_forward: its arguments and results."""
+    ctx.save_for_backward(*tensors, o, stats)
+    ctx.settings = settings
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, d_o: Tensor | None, d_lse: Tensor | None, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of attention_forward for q, k, v, bias and sinks, those that ``needed`` asks for."""
+    q, k, v, *others, o, stats = ctx.saved_tensors
+    if d_o is None:
+        if d_lse is None:
+            return (None,) * 5
+        d_o = torch.zeros_like(o)
+    args = (d_o, d_lse, q, k, v, o, stats, *others, *ctx.settings, needed[3], needed[4])
+    if torch.is_grad_enabled():
+        # create_graph=True: the operator's own registered gradient makes the second derivative.
+        dq, dk, dv, d_bias, d_sinks = _backward_op(*args)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            dq, dk, dv, d_bias, d_sinks = _backward_op(*args)
+    return (
+        dq if needed[0] else None,
+        dk if needed[1] else None,
+        dv if needed[2] else None,
+        d_bias if needed[3] else None,
+        d_sinks if needed[4] else None,
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """attention_forward outside of a trace. Few arguments, because autograd looks at each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        others: tuple[Tensor | None, ...],
+        settings: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        mask, alibi_slopes, kv_lengths, rng_state = others
+        tensors = (q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state)
+        with torch._C._AutoDispatchBelowAutograd():
+            o, lse, stats = _forward_op(*tensors, *settings, True)
+        _save(ctx, tensors, settings, o, stats)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (*_gradients(ctx, d_o, d_lse, ctx.needs_input_grad), None, None)
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    o, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    _save(ctx, inputs[:_TENSORS], inputs[_TENSORS:-1], o, stats)
+
+
+def _forward_gradients(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    found = _gradients(ctx, d_o, d_lse, tuple(needed[i] for i in _DIFFERENTIABLE))
+    grads: list[Tensor | None] = [None] * len(needed)
+    for i, grad in zip(_DIFFERENTIABLE, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    d_o, d_lse, q, k, v, _o, _stats, *others = inputs
+    ctx.save_for_backward(d_o, d_lse, q, k, v, *others[: _TENSORS - 3])
+    ctx.settings = tuple(others[_TENSORS - 3 : -2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of attention_backward: second derivatives, from the plain torch operations of fastattn.reference.
+
+    The first derivatives are computed again in a form that autograd can differentiate, which takes O(Lq * Lk) memory.
+    o and stats get no gradient: they follow from q, k and v, and are computed again too.
+    """
+    create_graph = torch.is_grad_enabled()
+
+    def variable(tensor: Tensor | None) -> Tensor | None:
+        """A tensor at which gradients stop; where a third derivative may follow, with the graph behind it."""
+        if tensor is None:
+            return None
+        return tensor.view_as(tensor) if create_graph and tensor.requires_grad else tensor.detach().requires_grad_()
+
+    with torch.enable_grad():
+        d_o, d_lse, q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state = ctx.saved_tensors
+        d_o, d_lse, q, k, v, bias, sinks = (variable(tensor) for tensor in (d_o, d_lse, q, k, v, bias, sinks))
+        o, lse = attention_by_reference(
+            q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *ctx.settings
+        )
+        outputs, d_outputs = ((o,), (d_o,)) if d_lse is None else ((o, lse), (d_o, d_lse))
+        # bias and sinks have a place in `grads` even when there are none.
+        pairs = [(x, grad) for x, grad in zip((q, k, v, bias, sinks), grads, strict=True) if x is not None and grad is not None]
+        # materialize_grads: a result can be independent of an input, as lse is of v.
+        firsts = torch.autograd.grad(
+            outputs, [x for x, _ in pairs], d_outputs, create_graph=True, materialize_grads=True
+        )
+        dependent = [(first, grad) for first, (_, grad) in zip(firsts, pairs, strict=True) if first.requires_grad]
+        sources = {"d_o": d_o, "d_lse": d_lse, "q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
+        present = {name: x for name, x in sources.items() if x is not None}
+        seconds: dict[str, Tensor | None] = {}
+        if dependent:
+            found = torch.autograd.grad(
+                [first for first, _ in dependent],
+                list(present.values()),
+                [grad for _, grad in dependent],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            seconds = dict(zip(present, found, strict=True))
+    by_argument = ("d_o", "d_lse", "q", "k", "v", "o", "stats", "bias", "mask", "alibi_slopes", "sinks")
+    second = [seconds.get(name) for name in by_argument]
+    return tuple(second + [None] * (len(ctx.needs_input_grad) - len(second)))
+
+
+torch.library.register_autograd("fastattn::attention_forward", _forward_gradients, setup_context=_setup_forward)
+torch.library.register_autograd("fastattn::attention_backward", _backward_gradients, setup_context=_setup_backward)
+
+
+def attention_by_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    kv_lengths: Tensor | None,
+    rng_state: Tensor | None,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """o and lse as attention_forward gives them, through plain torch operations in the accumulator type."""
+    from fastattn import reference
+
+    keep = None
+    if dropout_p > 0.0:
+        B, Hq, Lq, _ = q.shape
+        keep = torch.ops.fastattn.dropout_mask(rng_state, B, Hq, Lq, k.shape[2], dropout_p)
+    o, lse = reference.attention(
+        q,
+        k,
+        v,
+        causal=_CAUSAL_NAMES[causal],
+        window=(None if window_left < 0 else window_left, None if window_right < 0 else window_right),
+        scale=scale,
+        softcap=softcap or None,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        dropout_p=dropout_p,
+        dropout_keep=keep,
+        return_lse=True,
+        dtype=accumulator_dtype(q.dtype),
+    )
+    return o.to(q.dtype), lse
+
+
+# --- The call ----------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    kv_lengths: Tensor | None,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """o and lse of four-dimensional tensors: attention_forward with gradients, in the cheapest way that the caller allows.
+
+    The arguments are the operator's. Dropout draws its seed from torch's default generator.
+    """
+    rng_state = None
+    if dropout_p and 0.0 < dropout_p <= 1.0:  # anything else is the operator's to refuse
+        rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64)
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
+    settings = (causal, window_left, window_right, scale, softcap, dropout_p)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        o, lse, _ = _forward_op(
+            q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings, needs_grad
+        )
+        return o, lse
+    if needs_grad:
+        others = (mask, alibi_slopes, kv_lengths, rng_state)
+        return _Attention.apply(q, k, v, bias, sinks, others, settings)  # type: ignore[no-any-return, no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        o, lse, _ = _forward_op(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings, False)
+    return o, lse
