@@ -208,14 +208,15 @@ Inputs<T> make_inputs(const Case& c, std::mt19937& random) {
                              extent(c.bias, kFullK, c.Lk), Layout::kContiguous);
     fill(tensor);
     if (!c.bias_hides) return;
-    // In float16 a whole row near the most negative number would round its scores: only single entries there.
+    // Next to float16's most negative number the scores of a whole row would be rounded: only single entries there.
     const bool whole_rows = !std::is_same_v<Element, Float16>;
+    const double low_chance = whole_rows || tensor.size[3] > 1 ? 0.1 : 0.0;
     for (int64_t b = 0; b < tensor.size[0]; ++b) {
       for (int64_t h = 0; h < tensor.size[1]; ++h) {
         for (int64_t i = 0; i < tensor.size[2]; ++i) {
           const bool low_row = whole_rows && chance(0.1), empty_row = chance(0.05);
           for (int64_t j = 0; j < tensor.size[3]; ++j) {
-            if (low_row || chance(0.1)) from_double(lowest, &tensor.at(b, h, i, j));
+            if (low_row || chance(low_chance)) from_double(lowest, &tensor.at(b, h, i, j));
             if (empty_row || chance(0.1)) from_double(-kInfinity, &tensor.at(b, h, i, j));
           }
         }
@@ -388,9 +389,11 @@ Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
   return r;
 }
 
+// `least` is the smallest magnitude that the tolerance is taken relative to.
 template <class T>
-void compare(const char* what, const std::string& label, Tensor<T>& got, Tensor<double>& expected, double tolerance) {
-  double largest = 1.0;
+void compare(const char* what, const std::string& label, Tensor<T>& got, Tensor<double>& expected, double tolerance,
+             double least = 1.0) {
+  double largest = least;
   for (const double x : expected.storage) {
     if (std::isfinite(x)) largest = std::max(largest, std::abs(x));
   }
@@ -448,11 +451,21 @@ void check_results(const Case& c, const Inputs<T>& in, Results<T>& got, Results<
   compare("lse", label, got.lse, expected.lse, Traits<T>::lse_tolerance);
   compare("row_max", label, got.row_max, expected.row_max, Traits<T>::lse_tolerance);
   compare("row_sum", label, got.row_sum, expected.row_sum, 4 * Traits<T>::lse_tolerance);
-  compare("dq", label, got.dq, expected.dq, Traits<T>::gradient_tolerance);
-  compare("dk", label, got.dk, expected.dk, Traits<T>::gradient_tolerance);
-  compare("dv", label, got.dv, expected.dv, Traits<T>::gradient_tolerance);
-  compare("d_bias", label, got.d_bias, expected.d_bias, Traits<T>::gradient_tolerance);
-  compare("d_sinks", label, got.d_sinks, expected.d_sinks, Traits<T>::gradient_tolerance);
+  // A score's gradient is the difference of two products of rows of d_o, of about sqrt(Dv) each, and may cancel, within
+  // a row and between the rows that are summed: the error is relative to what was there before.
+  const auto noise = [&](double rows) {
+    const double keep_scale = c.dropout_p < 1.0 ? 1.0 / (1.0 - c.dropout_p) : 1.0;
+    return std::max(1.0, 0.2 * keep_scale * std::sqrt(rows * static_cast<double>(c.Dv)));
+  };
+  const int64_t all_rows = c.B * c.Hq * c.Lq, group_rows = c.Hq / c.Hkv * c.Lq;
+  const int64_t bias_rows = std::max<int64_t>(got.d_bias.size[0] * got.d_bias.size[1] * got.d_bias.size[2], 1);
+  const double tolerance = Traits<T>::gradient_tolerance;
+  compare("dq", label, got.dq, expected.dq, tolerance, noise(1.0));
+  compare("dk", label, got.dk, expected.dk, tolerance, noise(static_cast<double>(group_rows)));
+  compare("dv", label, got.dv, expected.dv, tolerance);
+  compare("d_bias", label, got.d_bias, expected.d_bias, tolerance,
+          noise(static_cast<double>(all_rows) / static_cast<double>(bias_rows)));
+  compare("d_sinks", label, got.d_sinks, expected.d_sinks, tolerance, noise(static_cast<double>(c.B * c.Lq)));
   for (const auto* output : {&got.o, &got.dq, &got.dk, &got.dv}) {
     CHECK(padding_is_untouched(*output), "%s: output %d", label.c_str(),
           output == &got.o    ? 0
