@@ -10,10 +10,10 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-# A compiler on these sources needs about 1.5 GB: as many as there are cores and gigabytes for.
+# A compiler on these sources needs up to 2 GB: as many as there are cores and memory for.
 MAX_JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
 	mb=$$(awk '/^MemAvailable/ {print int($$2 / 1024)}' /proc/meminfo 2>/dev/null); \
-	fit=$$(( $${mb:-4096} / 1536 )); [ $$fit -ge 1 ] || fit=1; [ $$fit -le $$cores ] && echo $$fit || echo $$cores)
+	fit=$$(( $${mb:-4096} / 2048 )); [ $$fit -ge 1 ] || fit=1; [ $$fit -le $$cores ] && echo $$fit || echo $$cores)
 export MAX_JOBS
 
 VENV := .venv
