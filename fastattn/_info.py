@@ -1,0 +1,110 @@
+"""What this installation of fastattn is and does on this machine: fastattn.info(), `python -m fastattn info`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import fastattn
+from fastattn import _ops, _provider, _sdpa
+
+__all__ = ["Info", "info"]
+
+_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+_CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
+
+
+@dataclass(frozen=True)
+class Info:
+    """The answers of fastattn.info(). `print(info())` shows them one to a line: put that into a bug report."""
+
+    version: str
+    torch_version: str
+    python_version: str
+    processor: str
+    isa: str  # the level in use
+    isas: tuple[str, ...]  # the levels that the processor and the build support, lowest first; the last is the default
+    isa_forced_by: str | None  # the setting of the environment variable, where there is one
+    threads: int  # torch.get_num_threads(), which every call reads anew
+    cuda: str  # "built", or "not built" and what is missing
+    build: dict[str, str]  # compiler, flags, the torch headers and the ABI that the library was built for
+    provider: str  # state of torch.nn.attention's provider "fastattn"
+    sdpa_replaced: bool  # replace_sdpa() or a `with replaced_sdpa()` block is in force
+
+    def __str__(self) -> str:
+        levels = [level if level in self.isas else f"{level} (not here)" for level in _LEVELS]
+        forced = f", forced by {self.isa_forced_by}" if self.isa_forced_by else ""
+        rows = {
+            "fastattn": self.version,
+            "torch": self.torch_version,
+            "python": self.python_version,
+            "processor": self.processor,
+            "ISA in use": f"{self.isa}{forced}",
+            "ISA found": self.isas[-1],
+            "ISA levels": ", ".join(levels),
+            "threads": str(self.threads),
+            "CUDA": self.cuda,
+            **self.build,
+            "provider": self.provider,
+            "SDPA": "replaced" if self.sdpa_replaced else "not replaced",
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def info() -> Info:
+    """Version, instruction set levels found and in use, threads, CUDA, build flags and the state of the integrations.
+
+    Returns:
+        An `Info`, whose str is a table.
+
+    Example:
+        >>> import fastattn
+        >>> print(fastattn.info())                                                    # doctest: +ELLIPSIS
+        fastattn ...
+    """
+    ops = torch.ops.fastattn
+    capability = os.environ.get(_ops.CAPABILITY_VARIABLE)
+    return Info(
+        version=fastattn.__version__,
+        torch_version=torch.__version__,
+        python_version=platform.python_version(),
+        processor=_processor(),
+        isa=ops._isa(),
+        isas=tuple(ops._supported_isas().split(",")),
+        isa_forced_by=f"{_ops.CAPABILITY_VARIABLE}={capability}" if capability else None,
+        threads=torch.get_num_threads(),
+        cuda=_cuda(),
+        build=dict(line.split(": ", 1) for line in ops._build_info().splitlines()),
+        provider=_provider.state(),
+        sdpa_replaced=_sdpa._switch.active,
+    )
+
+
+def _processor() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cuda() -> str:
+    """Whether calls on CUDA tensors can be served, and if not, all that is missing."""
+    missing = []
+    if not _CUDA_LIBRARY.exists():
+        missing.append(f"fastattn was built without its CUDA kernels ({_CUDA_LIBRARY.name})")
+    if torch.version.cuda is None:
+        missing.append("torch was built without CUDA")
+    elif not torch.cuda.is_available():
+        missing.append("torch finds no CUDA device")
+    if missing:
+        return ("not built: " if not _CUDA_LIBRARY.exists() else "built, not usable: ") + "; ".join(missing)
+    return f"built, torch has CUDA {torch.version.cuda}"
