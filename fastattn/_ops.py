@@ -43,6 +43,9 @@ _load()
 
 _forward_op = torch.ops.fastattn.attention_forward.default
 _backward_op = torch.ops.fastattn.attention_backward.default
+# The same, without the Python frame of OpOverload.__call__; not for tracing.
+_forward_call: Any = _forward_op._op
+_backward_call: Any = _backward_op._op
 
 # The arguments of attention_forward: nine tensors, then the settings (causal to dropout_p), then save_stats.
 _TENSORS = 9
@@ -155,9 +158,7 @@ def _dropout_mask_fake(rng_state: Tensor, B: int, H: int, Lq: int, Lk: int, p: f
 # --- Gradients ---------------------------------------------------------------------------------------------------------
 
 
-def _save(
-    ctx: Any, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...], o: Tensor, stats: Tensor
-) -> None:
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...], o: Tensor, stats: Tensor) -> None:
     """Keeps what :func:`_gradients` needs of an attention_forward: its arguments and results."""
     ctx.save_for_backward(*tensors, o, stats)
     ctx.settings = settings
@@ -168,24 +169,28 @@ def _gradients(
     ctx: Any, d_o: Tensor | None, d_lse: Tensor | None, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of attention_forward for q, k, v, bias and sinks, those that ``needed`` asks for."""
-    q, k, v, *others, o, stats = ctx.saved_tensors
+    q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, o, stats = ctx.saved_tensors
+    need_dq, need_dk, need_dv, need_d_bias, need_d_sinks = needed
     if d_o is None:
         if d_lse is None:
-            return (None,) * 5
+            return None, None, None, None, None
         d_o = torch.zeros_like(o)
-    args = (d_o, d_lse, q, k, v, o, stats, *others, *ctx.settings, needed[3], needed[4])
+    args = (
+        *(d_o, d_lse, q, k, v, o, stats, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state),
+        *(*ctx.settings, need_d_bias, need_d_sinks),
+    )
     if torch.is_grad_enabled():
         # create_graph=True: the operator's own registered gradient makes the second derivative.
         dq, dk, dv, d_bias, d_sinks = _backward_op(*args)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv, d_bias, d_sinks = _backward_op(*args)
+            dq, dk, dv, d_bias, d_sinks = _backward_call(*args)
     return (
-        dq if needed[0] else None,
-        dk if needed[1] else None,
-        dv if needed[2] else None,
-        d_bias if needed[3] else None,
-        d_sinks if needed[4] else None,
+        dq if need_dq else None,
+        dk if need_dk else None,
+        dv if need_dv else None,
+        d_bias if need_d_bias else None,
+        d_sinks if need_d_sinks else None,
     )
 
 
@@ -206,13 +211,17 @@ class _Attention(torch.autograd.Function):
         mask, alibi_slopes, kv_lengths, rng_state = others
         tensors = (q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state)
         with torch._C._AutoDispatchBelowAutograd():
-            o, lse, stats = _forward_op(*tensors, *settings, True)
+            o, lse, stats = _forward_call(*tensors, *settings, True)
         _save(ctx, tensors, settings, o, stats)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*_gradients(ctx, d_o, d_lse, ctx.needs_input_grad), None, None)
+        return (*_gradients(ctx, d_o, d_lse, ctx.needs_input_grad[:5]), None, None)
+
+
+# torch.autograd.Function.apply without its look at torch.func's transforms, which `attention` has taken.
+_apply: Any = super(torch.autograd.Function, _Attention).apply
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -254,12 +263,14 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     with torch.enable_grad():
         d_o, d_lse, q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state = ctx.saved_tensors
         d_o, d_lse, q, k, v, bias, sinks = (variable(tensor) for tensor in (d_o, d_lse, q, k, v, bias, sinks))
-        o, lse = attention_by_reference(
-            q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *ctx.settings
-        )
+        o, lse = attention_by_reference(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *ctx.settings)
         outputs, d_outputs = ((o,), (d_o,)) if d_lse is None else ((o, lse), (d_o, d_lse))
         # bias and sinks have a place in `grads` even when there are none.
-        pairs = [(x, grad) for x, grad in zip((q, k, v, bias, sinks), grads, strict=True) if x is not None and grad is not None]
+        pairs = [
+            (x, grad)
+            for x, grad in zip((q, k, v, bias, sinks), grads, strict=True)
+            if x is not None and grad is not None
+        ]
         # materialize_grads: a result can be independent of an input, as lse is of v.
         firsts = torch.autograd.grad(
             outputs, [x for x, _ in pairs], d_outputs, create_graph=True, materialize_grads=True
@@ -366,13 +377,11 @@ def attention(
     )
     settings = (causal, window_left, window_right, scale, softcap, dropout_p)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        o, lse, _ = _forward_op(
-            q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings, needs_grad
-        )
+        o, lse, _ = _forward_op(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings, needs_grad)
         return o, lse
     if needs_grad:
         others = (mask, alibi_slopes, kv_lengths, rng_state)
-        return _Attention.apply(q, k, v, bias, sinks, others, settings)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(q, k, v, bias, sinks, others, settings)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        o, lse, _ = _forward_op(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings, False)
+        o, lse, _ = _forward_call(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings, False)
     return o, lse
