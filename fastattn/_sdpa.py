@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function
 
 from fastattn import _errors, _ops
+from fastattn._attention import _autocast
 
 __all__ = [
     "SdpaCalls",
@@ -96,6 +98,8 @@ def scaled_dot_product_attention(
         >>> o.sum().backward()
     """
     try:
+        if torch._C._is_any_autocast_enabled():
+            query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
         q, k, v = query.shape, key.shape, value.shape
         if not (
             len(q) == len(k) == len(v) == 4
@@ -281,8 +285,10 @@ class _Switch:
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     original: Callable[..., Tensor] = F.scaled_dot_product_attention
+    wrapper: Callable[..., Tensor] | None = None  # somebody's, found around the replacement when it was to be taken out
     requested: bool = False  # by replace_sdpa()
     blocks: int = 0  # `with replaced_sdpa()` blocks that are being executed, in all threads
+    suspensions: int = 0  # calls of tensor subclasses' own functions that are being executed, in all threads
     active: bool = False
     served: int = 0
     handed_back: dict[str, int] = field(default_factory=dict)
@@ -299,10 +305,10 @@ def replace_sdpa() -> None:
     arguments that fastattn refuses) go to the function that was replaced. They are counted in `sdpa_calls()`, and the
     first one for each reason warns.
 
-    Code that has looked the function up before (`from torch.nn.functional import scaled_dot_product_attention`) keeps
-    PyTorch's, and so do the callers inside PyTorch's C++, such as the fast path of nn.TransformerEncoder:
-    `torch.nn.attention.activate_flash_attention_impl("fastattn")` reaches those. A second call of replace_sdpa does
-    nothing.
+    TorchScript keeps PyTorch's function. So does code that looked it up before, as with `from torch.nn.functional
+    import scaled_dot_product_attention`, and so do the callers inside PyTorch's C++, such as the fast path of
+    nn.TransformerEncoder: `torch.nn.attention.activate_flash_attention_impl("fastattn")` reaches all three. A second
+    call of replace_sdpa does nothing.
 
     Example:
         >>> import torch, fastattn
@@ -366,17 +372,36 @@ def sdpa_calls(*, reset: bool = False) -> SdpaCalls:
 def _install() -> None:
     """Put into torch.nn.functional what the switch says. The lock is held."""
     wanted = _switch.requested or _switch.blocks > 0
-    if wanted and not _switch.active:
-        if F.scaled_dot_product_attention is not _replacement:
-            _switch.original = F.scaled_dot_product_attention
+    current: Callable[..., Tensor] = F.scaled_dot_product_attention
+    if wanted and not _switch.active and current is not _replacement and current is not _switch.wrapper:
+        _switch.original = current
+    if not wanted and _switch.active and current is not _replacement and not _switch.suspensions:
+        # Taking the wrapper away would break its owner. With `active` off the replacement in it does nothing but call
+        # the original, and when `active` is on again it serves.
+        _switch.wrapper = current
+    _switch.active = wanted
+    if wanted and not _switch.suspensions:
+        if current is _switch.original:
             F.scaled_dot_product_attention = _replacement  # type: ignore[assignment]
-        _switch.active = True
-    elif not wanted and _switch.active:
-        _switch.active = False
-        # Somebody may have wrapped the replacement since: taking their wrapper away would break them, and with `active`
-        # off the replacement inside it does nothing but call the original.
-        if F.scaled_dot_product_attention is _replacement:
-            F.scaled_dot_product_attention = _switch.original
+    elif current is _replacement:
+        F.scaled_dot_product_attention = _switch.original
+
+
+def _call_subclass(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """original(*args), for arguments that are subclasses with a function of their own for SDPA.
+
+    PyTorch asks them for `original`, and some compare that with torch.nn.functional's attribute, which must be the same
+    then: otherwise they do not recognise SDPA and compute something else.
+    """
+    with _switch.lock:
+        _switch.suspensions += 1
+        _install()
+    try:
+        return original(*args, **kwargs)
+    finally:
+        with _switch.lock:
+            _switch.suspensions -= 1
+            _install()
 
 
 def _replacement(
@@ -394,6 +419,10 @@ def _replacement(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if not _switch.active:
         return _switch.original(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if type(attn_mask) is CausalBias:
+        # Calls this again, with is_causal or an ordinary mask in its place.
+        args = (query, key, value, attn_mask, dropout_p, is_causal)
+        return CausalBias.__torch_function__(F.scaled_dot_product_attention, (CausalBias,), args, options)
     if torch.compiler.is_dynamo_compiling():
         reason = _reason_to_hand_back(query, key, value, attn_mask, _transform_while_traced())
         _count_while_traced(reason)
@@ -418,12 +447,18 @@ def _replacement(
             return o
     else:
         _count(reason)
+        if reason is _SUBCLASSES:
+            return _call_subclass(_switch.original, query, key, value, attn_mask, dropout_p, is_causal, **options)
     return _switch.original(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
 _replacement.__name__ = _replacement.__qualname__ = "scaled_dot_product_attention"
+# torch.jit.script compiles what it finds in torch.nn.functional; here it shall find PyTorch's operator, as ever.
+if hasattr(torch.jit._builtins, "_register_builtin"):
+    torch.jit._builtins._register_builtin(_replacement, "aten::scaled_dot_product_attention")
 
 _REFUSED = "arguments that fastattn refuses"
+_SUBCLASSES = "tensor subclasses"
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 # Subclasses that change nothing about what a tensor computes.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, type(None)})
@@ -436,7 +471,7 @@ def _reason_to_hand_back(
     if transform is not None:
         return transform
     if not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(attn_mask) in _PLAIN):
-        return "tensor subclasses"
+        return _SUBCLASSES
     if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensors"
     if not (query.is_cpu and key.is_cpu and value.is_cpu):
