@@ -62,7 +62,9 @@ def default_jobs() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-        available = int(next(line.split()[1] for line in meminfo.splitlines() if line.startswith("MemAvailable"))) * 1024
+        available = (
+            int(next(line.split()[1] for line in meminfo.splitlines() if line.startswith("MemAvailable"))) * 1024
+        )
     except (OSError, StopIteration):
         return cores
     return max(1, min(cores, available // JOB_MEMORY_BYTES))
@@ -91,9 +93,17 @@ setup(
             ],
             extra_compile_args=[*FLAGS, *WARNINGS, *SYSTEM_INCLUDES],
             # --as-needed and --no-undefined: link libtorch's C functions and nothing else, and notice what is missing.
-            extra_link_args=["-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", *([] if DEBUG else ["-s"])],
+            extra_link_args=[
+                "-Wl,--as-needed",
+                "-Wl,--no-undefined",
+                "-Wl,--exclude-libs,ALL",
+                *([] if DEBUG else ["-s"]),
+            ],
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True), "bdist_wheel": Wheel},
+    cmdclass={
+        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True),
+        "bdist_wheel": Wheel,
+    },
 )

@@ -2,6 +2,31 @@
 
 __version__ = "0.1.0"
 
+from fastattn import _provider as _provider  # makes fastattn known to torch.nn.attention, and activates nothing
+from fastattn import reference
 from fastattn._attention import attention
+from fastattn._info import Info, info
+from fastattn._sdpa import (
+    SdpaCalls,
+    replace_sdpa,
+    replaced_sdpa,
+    restore_sdpa,
+    scaled_dot_product_attention,
+    sdpa_calls,
+)
+from fastattn._weights import attention_weights, merge_attention_states
 
-__all__ = ["attention"]
+__all__ = [
+    "Info",
+    "SdpaCalls",
+    "attention",
+    "attention_weights",
+    "info",
+    "merge_attention_states",
+    "reference",
+    "replace_sdpa",
+    "replaced_sdpa",
+    "restore_sdpa",
+    "scaled_dot_product_attention",
+    "sdpa_calls",
+]

@@ -15,6 +15,7 @@ Window = tuple[int | None, int | None]
 # The operator's codes; csrc/core/params.h has the same.
 _CAUSAL_CODES: dict[bool | str, int] = {False: 0, True: 2, "top_left": 1, "bottom_right": 2}
 _UNLIMITED = -1
+_draw_rng_state = _ops.draw_rng_state
 
 
 @overload
@@ -76,22 +77,22 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Scaled dot-product attention, fused: O(L) memory, exact, differentiable.
 
-    With G = Hq / Hkv query heads to a key head, n keys in sequence b (``kv_lengths[b]``, or Lk) and j over the keys that
-    row i sees::
+    With G = Hq / Hkv query heads to a key head, n keys in sequence b (``kv_lengths[b]``, or Lk), and j over the keys
+    that row i sees::
 
         s[b, h, i, j] = softcap(scale * q[b, h, i] . k[b, h/G, j]) + bias[b, h, i, j] - slope[b, h] * |i + n - Lq - j|
         lse[b, h, i]  = log(sum_j exp(s[b, h, i, j]) + exp(sinks[h]))             softcap(x) = c * tanh(x / c)
         o[b, h, i]    = sum_j dropout(exp(s[b, h, i, j] - lse[b, h, i])) * v[b, h/G, j]
 
-    A row sees key j when j < n, ``mask`` keeps it, and it lies in the row's window around the diagonal. Where ``causal``
-    is False, True or "bottom_right" the diagonal of row i is key ``i + n - Lq``: the last row stands at the last key
-    that exists, as a decoder that continues a sequence needs. With "top_left" it is key i, as in
-    ``torch.nn.functional.scaled_dot_product_attention(is_causal=True)``. The two are the same when Lq = n. A row that
-    sees no key has o = 0, lse = -inf and gradients of 0.
+    A row sees key j when j < n, ``mask`` keeps it, its bias is not -inf, and it lies in the row's window around the
+    diagonal. Where ``causal`` is False, True or "bottom_right", the diagonal of row i is key ``i + n - Lq``: the last
+    row stands at the last key that exists, as a decoder that continues a sequence needs. With "top_left" it is key i, as
+    in ``torch.nn.functional.scaled_dot_product_attention(is_causal=True)``. The two are the same when Lq = n. A row
+    that sees no key has o = 0, lse = -inf and gradients of 0, with sinks too.
 
-    Products and sums are accumulated in float32 (float64 for float64), and each result is rounded once. The same inputs,
-    seed and number of threads give the same bits. Under ``torch.autocast``, q, k, v and bias are cast to the autocast
-    dtype, as PyTorch's own attention does.
+    Products and sums are accumulated in float32 (float64 for float64), and each result is rounded once. The same
+    inputs, seed and number of threads give the same bits. Under ``torch.autocast``, q, k, v and bias are cast to the
+    autocast dtype, as PyTorch's own attention does.
 
     Args:
         q: (B, Hq, Lq, D), float32, bfloat16, float16 or float64, any D >= 1. Any strides will do; a tensor whose last
@@ -105,12 +106,12 @@ def attention(
         softcap: Bounds the scaled dot products to (-softcap, softcap). None or 0: no bound.
         bias: Float, broadcastable to (B, Hq, Lq, Lk), added to the scores; of q's dtype, or float32 with 16-bit
             inputs. Differentiable in its own shape: what it broadcasts is summed without an (Lq, Lk) buffer.
-        mask: Bool, broadcastable to (B, Hq, Lq, Lk); True = keep. Tiles of the scores that it leaves empty cost nothing.
+        mask: Bool, broadcastable to (B, Hq, Lq, Lk); True = keep. Tiles of the scores that it leaves empty are skipped.
         alibi_slopes: (Hq,) or (B, Hq), float, not differentiable: a penalty on the distance in keys.
         sinks: (Hq,), float, differentiable: a score that takes part in each row's softmax and has no value.
         kv_lengths: (B,), int32, on q's device: the number of keys and values that exist; what lies beyond is not read.
-        dropout_p: Probability in [0, 1] that a weight is dropped; the others are divided by 1 - dropout_p. Always applied:
-            pass 0.0 in evaluation. Reproducible under ``torch.manual_seed``.
+        dropout_p: Probability in [0, 1] that a weight is dropped; the others are divided by 1 - dropout_p. Always
+            applied: pass 0.0 in evaluation. Reproducible under ``torch.manual_seed``.
         return_lse: Return the log of the softmax's denominator too.
 
     Returns:
@@ -195,9 +196,7 @@ def _autocast(*tensors: Tensor | None) -> list[Any]:
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
-    ]
+    return [x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def _accumulator(name: str, tensor: Tensor, q: Tensor) -> Tensor:
@@ -207,7 +206,7 @@ def _accumulator(name: str, tensor: Tensor, q: Tensor) -> Tensor:
     return tensor.to(_ops.accumulator_dtype(q.dtype))
 
 
-def _causal_code(causal: bool | str) -> int:
+def _causal_code(causal: Any) -> int:
     if not isinstance(causal, bool | str):
         raise TypeError(
             f"fastattn: causal is a {type(causal).__name__}; it must be False, True, 'top_left' or 'bottom_right'."
@@ -220,16 +219,14 @@ def _causal_code(causal: bool | str) -> int:
     return _CAUSAL_CODES[causal]
 
 
-def _window_sides(window: Window) -> tuple[int, int]:
+def _window_sides(window: Any) -> tuple[int, int]:
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise TypeError(
             f"fastattn: window is {window!r}; it must be a pair (left, right) of key counts, None without limit."
         )
     for side in window:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int | torch.SymInt)):
-            raise TypeError(
-                f"fastattn: window is {window!r}; each side must be an int, or None without limit."
-            )
+            raise TypeError(f"fastattn: window is {window!r}; each side must be an int, or None without limit.")
         if side is not None and side < 0:
             raise ValueError(
                 f"fastattn: window is {window!r}; each side counts keys and must be at least 0: pass None for a side"

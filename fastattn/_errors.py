@@ -1,8 +1,8 @@
 """From what an operator throws to the exception that a user sees.
 
-The rules that arguments must keep, and the messages, are in ``csrc/torch/checks.cpp``. Added here are the cases that never
-reach it: an argument that is no tensor, tensors that torch's dispatcher sends elsewhere (sparse, another device), a
-number of the wrong type. Nothing in this file runs before an operator has failed.
+The rules that arguments must keep, and the messages, are in ``csrc/torch/checks.cpp``. Added here are the cases that
+never reach it: an argument that is no tensor, tensors that torch's dispatcher sends elsewhere (sparse, another device),
+a number of the wrong type. Nothing in this file runs before an operator has failed.
 """
 
 from __future__ import annotations
@@ -48,10 +48,13 @@ def _wrong_kind(tensors: dict[str, Any]) -> Exception | None:
             )
         if value.layout != torch.strided:
             return TypeError(
-                f"fastattn: {name} has layout {value.layout}; attention takes dense tensors: convert with {name}.to_dense()."
+                f"fastattn: {name} has layout {value.layout}; attention takes dense tensors: convert with"
+                f" {name}.to_dense()."
             )
         if value.is_quantized:
-            return TypeError(f"fastattn: {name} is quantized; attention takes floats: convert with {name}.dequantize().")
+            return TypeError(
+                f"fastattn: {name} is quantized; attention takes floats: convert with {name}.dequantize()."
+            )
     return None
 
 
@@ -68,7 +71,9 @@ def _wrong_place(tensors: dict[str, Any]) -> Exception | None:
         if value is not None and value.device != q.device:
             return wrong_device(name, value, q)
     if q.device.type != "cpu":
-        return ValueError(f"fastattn: q is on {q.device}, for which there is no kernel; move it to the CPU with q.cpu().")
+        return ValueError(
+            f"fastattn: q is on {q.device}, for which there is no kernel; move it to the CPU with q.cpu()."
+        )
     return None
 
 

@@ -3,7 +3,8 @@
 ``torch.ops.fastattn.attention_forward`` and ``attention_backward`` are ordinary torch operators: they have fakes and
 registered gradients, so that ``torch.compile`` traces them without a graph break and ``torch.func`` sees through them.
 Outside of a trace :func:`attention` goes past the registered gradient, to a ``torch.autograd.Function`` over the same
-two functions ``_save`` and ``_gradients``: torch.library's general wrapper costs some 70 µs more per forward + backward.
+two functions ``_save`` and ``_gradients``: on tiny tensors, torch.library's general wrapper took 142 µs for forward and
+backward, this 65 µs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastattn import _errors
 
@@ -58,7 +58,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- Shape rules -------------------------------------------------------------------------------------------------------
+# --- Shape rules -----------------------------------------------------------------------------------------------------
 
 
 def _empty_rows_like(like: Tensor, B: int, H: int, L: int, D: int) -> Tensor:
@@ -155,7 +155,7 @@ def _dropout_mask_fake(rng_state: Tensor, B: int, H: int, Lq: int, Lk: int, p: f
     return rng_state.new_empty((B, H, Lq, Lk), dtype=torch.bool)
 
 
-# --- Gradients ---------------------------------------------------------------------------------------------------------
+# --- Gradients -------------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...], o: Tensor, stats: Tensor) -> None:
@@ -216,7 +216,7 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         return (*_gradients(ctx, d_o, d_lse, ctx.needs_input_grad[:5]), None, None)
 
 
@@ -252,6 +252,8 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     The first derivatives are computed again in a form that autograd can differentiate, which takes O(Lq * Lk) memory.
     o and stats get no gradient: they follow from q, k and v, and are computed again too.
     """
+    if all(grad is None for grad in grads):
+        return (None,) * len(ctx.needs_input_grad)
     create_graph = torch.is_grad_enabled()
 
     def variable(tensor: Tensor | None) -> Tensor | None:
@@ -262,7 +264,8 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
 
     with torch.enable_grad():
         d_o, d_lse, q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state = ctx.saved_tensors
-        d_o, d_lse, q, k, v, bias, sinks = (variable(tensor) for tensor in (d_o, d_lse, q, k, v, bias, sinks))
+        variables: Any = [variable(tensor) for tensor in (d_o, d_lse, q, k, v, bias, sinks)]
+        d_o, d_lse, q, k, v, bias, sinks = variables
         o, lse = attention_by_reference(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *ctx.settings)
         outputs, d_outputs = ((o,), (d_o,)) if d_lse is None else ((o, lse), (d_o, d_lse))
         # bias and sinks have a place in `grads` even when there are none.
@@ -342,7 +345,12 @@ def attention_by_reference(
     return o.to(q.dtype), lse
 
 
-# --- The call ----------------------------------------------------------------------------------------------------------
+# --- The call --------------------------------------------------------------------------------------------------------
+
+
+def draw_rng_state() -> Tensor:
+    """(seed, offset) for one call's dropout, int64, from torch's default CPU generator."""
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64)
 
 
 def attention(
@@ -361,13 +369,12 @@ def attention(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """o and lse of four-dimensional tensors: attention_forward with gradients, in the cheapest way that the caller allows.
+    """o and lse of four-dimensional tensors: attention_forward and its gradients, in the cheapest way for the caller.
 
     The arguments are the operator's. Dropout draws its seed from torch's default generator.
     """
-    rng_state = None
-    if dropout_p and 0.0 < dropout_p <= 1.0:  # anything else is the operator's to refuse
-        rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64)
+    # A probability beyond [0, 1] is the operator's to refuse.
+    rng_state = draw_rng_state() if dropout_p and 0.0 < dropout_p <= 1.0 else None
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -381,7 +388,7 @@ def attention(
         return o, lse
     if needs_grad:
         others = (mask, alibi_slopes, kv_lengths, rng_state)
-        return _apply(q, k, v, bias, sinks, others, settings)  # type: ignore[no-any-return]
+        return _apply(q, k, v, bias, sinks, others, settings)
     with torch._C._AutoDispatchBelowAutograd():
         o, lse, _ = _forward_call(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings, False)
     return o, lse

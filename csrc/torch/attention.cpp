@@ -85,7 +85,8 @@ Tensor empty_nothing(int32_t dtype) {
 }
 
 void fill_zero(const Tensor& tensor) {
-  if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), 0, static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+  if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes);
 }
 
 template <typename Params>
@@ -106,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const AttentionArguments& a
 
   Tensor o = empty_rows_like(a.q, p.B, p.Hq, p.Lq, p.Dv);
   Tensor lse = empty_contiguous(std::array{p.B, p.Hq, p.Lq}, accumulator);
-  Tensor stats = save_stats ? empty_contiguous(std::array{int64_t{2}, p.B, p.Hq, p.Lq}, accumulator)
-                            : empty_nothing(accumulator);
+  Tensor stats =
+      save_stats ? empty_contiguous(std::array{int64_t{2}, p.B, p.Hq, p.Lq}, accumulator) : empty_nothing(accumulator);
   if (lse.numel() == 0) return {o, lse, stats};
 
   p.o = o.mutable_data_ptr();

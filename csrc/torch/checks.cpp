@@ -27,8 +27,9 @@ void check_device(const char* name, const Tensor& tensor) {
 DType check_query_dtype(const Tensor& q) {
   DType dtype;
   if (!to_dtype(dtype_code(q), &dtype)) {
-    type_error("q is ", dtype_name(dtype_code(q)),
-               "; attention takes torch.float32, torch.bfloat16, torch.float16 and torch.float64: convert with q.to().");
+    type_error(
+        "q is ", dtype_name(dtype_code(q)),
+        "; attention takes torch.float32, torch.bfloat16, torch.float16 and torch.float64: convert with q.to().");
   }
   return dtype;
 }
@@ -63,8 +64,8 @@ void check_shapes(const AttentionArguments& a, AttentionParams* p) {
                 "; the batch sizes must be equal: expand() makes a view that shares its rows.");
   }
   if (v[1] != p->Hkv) {
-    value_error("v has ", v[1], " heads but k has ", p->Hkv, "; every key head needs one value head: pass k and v with "
-                "the same number of heads.");
+    value_error("v has ", v[1], " heads but k has ", p->Hkv,
+                "; every key head needs one value head: pass k and v with the same number of heads.");
   }
   if (p->Hkv == 0 ? p->Hq != 0 : p->Hq % p->Hkv != 0) {
     value_error("k has ", p->Hkv, " heads but q has ", p->Hq, "; q's heads must be a multiple of k's.");
@@ -117,8 +118,7 @@ void check_bias(const Tensor& bias, AttentionParams* p) {
   check_broadcasts("bias", bias, *p);
   const int32_t code = dtype_code(bias);
   if (code == aoti_torch_dtype_bool()) {
-    type_error("bias is torch.bool but is added to the scores; it must be a float tensor: a bool tensor that keeps or "
-               "drops keys goes to mask.");
+    type_error("bias is torch.bool but is added to the scores; it must be a float tensor: pass a bool tensor as mask.");
   }
   if (code != dtype_code(p->dtype) && code != dtype_code(accumulator_dtype(p->dtype))) {
     const std::string own = dtype_name(dtype_code(p->dtype));
@@ -133,8 +133,10 @@ void check_mask(const Tensor& mask, const AttentionParams& p) {
   check_device("mask", mask);
   check_broadcasts("mask", mask, p);
   if (dtype_code(mask) != aoti_torch_dtype_bool()) {
-    type_error("mask is ", dtype_name(dtype_code(mask)), "; it must be torch.bool, True where a key is kept: convert with "
-               "mask.to(torch.bool), or pass a float tensor that is added to the scores as bias.");
+    type_error(
+        "mask is ", dtype_name(dtype_code(mask)),
+        "; it must be torch.bool, True = keep: convert with mask.to(torch.bool), or pass floats that are added to "
+        "the scores as bias.");
   }
 }
 
@@ -228,7 +230,8 @@ void check_rows(const char* name, const Tensor& tensor, std::initializer_list<in
     std::ostringstream wanted;
     i = 0;
     for (const int64_t size : sizes) wanted << (i++ ? ", " : "") << size;
-    value_error(name, " has shape ", shape_text(tensor), "; it must be (", wanted.str(), "), as the forward pass gave.");
+    value_error(name, " has shape ", shape_text(tensor), "; it must be (", wanted.str(),
+                "), as the forward pass gave.");
   }
   if (!has_dtype(tensor, dtype)) {
     type_error(name, " is ", dtype_name(dtype_code(tensor)), "; it must be ", dtype_name(dtype_code(dtype)),
@@ -285,8 +288,8 @@ void check_dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t L
   check_rng_state(rng_state);
   check_probability(p);
   if (B < 0 || H < 0 || Lq < 0 || Lk < 0 || !fits({B, H, Lq, Lk})) {
-    value_error("a dropout mask of shape (", B, ", ", H, ", ", Lq, ", ", Lk, ") was asked for; sizes must be at least 0, "
-                "and the mask must be addressable.");
+    value_error("a dropout mask of shape (", B, ", ", H, ", ", Lq, ", ", Lk,
+                ") was asked for; sizes must be at least 0 and the mask below 2^63 bytes.");
   }
 }
 

@@ -14,13 +14,16 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The argument lists below repeat the schemas', which TORCH_BOX matches by position.
-std::tuple<Tensor, Tensor, Tensor> attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias, const OptionalTensor& mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& kv_lengths,
-    const OptionalTensor& rng_state, int64_t causal, int64_t window_left, int64_t window_right,
-    std::optional<double> scale, double softcap, double dropout_p, bool save_stats) {
-  const AttentionArguments arguments{q,         k,      v,           bias,         mask,  alibi_slopes, sinks,    kv_lengths,
-                                     rng_state, causal, window_left, window_right, scale, softcap,      dropout_p};
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                     const OptionalTensor& bias, const OptionalTensor& mask,
+                                                     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                                     const OptionalTensor& kv_lengths, const OptionalTensor& rng_state,
+                                                     int64_t causal, int64_t window_left, int64_t window_right,
+                                                     std::optional<double> scale, double softcap, double dropout_p,
+                                                     bool save_stats) {
+  const AttentionArguments arguments{q,     k,          v,         bias,   mask,        alibi_slopes,
+                                     sinks, kv_lengths, rng_state, causal, window_left, window_right,
+                                     scale, softcap,    dropout_p};
   return fastattn::attention_forward(arguments, save_stats);
 }
 
@@ -30,8 +33,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& sinks, const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
     int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap, double dropout_p,
     bool need_d_bias, bool need_d_sinks) {
-  const AttentionArguments arguments{q,         k,      v,           bias,         mask,  alibi_slopes, sinks,    kv_lengths,
-                                     rng_state, causal, window_left, window_right, scale, softcap,      dropout_p};
+  const AttentionArguments arguments{q,     k,          v,         bias,   mask,        alibi_slopes,
+                                     sinks, kv_lengths, rng_state, causal, window_left, window_right,
+                                     scale, softcap,    dropout_p};
   return fastattn::attention_backward({arguments, d_o, d_lse, o, stats, need_d_bias, need_d_sinks});
 }
 
@@ -39,14 +43,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
+      "attention_forward("
+      "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
       "Tensor? kv_lengths, Tensor? rng_state, int causal, int window_left, int window_right, float? scale, "
       "float softcap, float dropout_p, bool save_stats) -> (Tensor o, Tensor lse, Tensor stats)");
   m.def(
-      "attention_backward(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, Tensor? bias, "
-      "Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lengths, Tensor? rng_state, int causal, "
-      "int window_left, int window_right, float? scale, float softcap, float dropout_p, bool need_d_bias, "
-      "bool need_d_sinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias, Tensor d_sinks)");
+      "attention_backward("
+      "Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, "
+      "Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lengths, Tensor? rng_state, "
+      "int causal, int window_left, int window_right, float? scale, float softcap, float dropout_p, "
+      "bool need_d_bias, bool need_d_sinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias, Tensor d_sinks)");
   m.def("dropout_mask(Tensor rng_state, int B, int H, int Lq, int Lk, float p) -> Tensor");
   m.def("_set_isa(str name) -> ()");
   m.def("_isa() -> str");

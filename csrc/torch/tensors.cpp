@@ -62,7 +62,8 @@ std::string shape_text(const Tensor& tensor) {
 
 Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
+  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) !=
+      AOTI_TORCH_SUCCESS) {
     std::ostringstream text;
     text << "fastattn: there is not enough memory for a " << dtype_name(dtype) << " tensor of shape (";
     for (int64_t i = 0; i < dim; ++i) text << (i ? ", " : "") << sizes[i];

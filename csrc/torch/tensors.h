@@ -23,9 +23,9 @@ inline int32_t dtype_code(const Tensor& tensor) {
 }
 
 int32_t dtype_code(DType dtype);
-DType accumulator_dtype(DType dtype);         // float32, or float64 for float64
-bool to_dtype(int32_t code, DType* dtype);    // false: not one that the kernels know
-std::string dtype_name(int32_t code);         // "torch.float32"
+DType accumulator_dtype(DType dtype);          // float32, or float64 for float64
+bool to_dtype(int32_t code, DType* dtype);     // false: not one that the kernels know
+std::string dtype_name(int32_t code);          // "torch.float32"
 std::string shape_text(const Tensor& tensor);  // "(2, 8, 128, 64)"
 
 inline bool has_dtype(const Tensor& tensor, DType dtype) { return dtype_code(tensor) == dtype_code(dtype); }
