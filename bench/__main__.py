@@ -1,0 +1,65 @@
+"""The benchmark's command line: `python -m bench`, from the repository root."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+SUITES = {
+    "default": "a table of every kind of case, a short sweep, and the model that examples/train_vit_digits.py trains",
+    "full": "every case of the table in every dtype and direction",
+    "targets": "what the library is held to: target, measured, met or missed",
+    "sweep": "hundreds of shapes, and where the advantage over SDPA is smallest",
+}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="fastattn against PyTorch's scaled_dot_product_attention, checked first and then timed in turns.",
+        epilog="Suites: " + "; ".join(f"{name}: {text}" for name, text in SUITES.items()) + ".",
+    )
+    parser.add_argument("--suite", choices=SUITES, default="default")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and less time for each: seconds, not minutes")
+    parser.add_argument(
+        "--case",
+        metavar="REGEX",
+        help="only cases whose name matches, e.g. 'topleft.*D128'; with --suite targets: groups, comma separated",
+    )
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=[])
+    parser.add_argument("--direction", nargs="+", choices=["forward", "backward", "step"], default=[])
+    parser.add_argument("--threads", type=int, help="default: as many as PyTorch uses")
+    parser.add_argument("--isa", help="force an instruction set: baseline, avx2, avx512 or avx512_bf16")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        metavar="NAME",
+        help="also time these (sdpa, math, flex, onnxruntime, openvino, zentorch), or all where none is named, "
+        "and say which are not installed; without --peers: whatever is installed, FlexAttention in two cases only, "
+        "because it compiles for seconds in each",
+    )
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing for each case")
+    parser.add_argument("--sweep-time", type=float, metavar="S", help="seconds for the sweep")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: a new file in bench/results/local")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG; default: beside the JSON")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and leave")
+    parser.add_argument("--no-model", action="store_true", help="do not train the model of the default suite")
+    options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, not {options.threads}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        from bench import run
+    except (ImportError, OSError) as failure:
+        print(f"{failure}: build and install first, with `make build`", file=sys.stderr)
+        return 2
+    return run.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Results as PNG files: speed-up and share of the peak by case; and, for the sweep, every shape as one dot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display needed
+
+import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from bench.cases import SHORT
+from bench.machine import Machine
+from bench.measure import Row
+from bench.peers import BASELINE
+
+if TYPE_CHECKING:
+    from bench.sweep import Point
+
+COLORS = {"float32": "#3b6fb6", "bfloat16": "#d9772b", "float16": "#3f9a6b"}
+ALPHA = {"forward": 1.0, "backward": 0.72, "step": 0.5}
+MARKERS = {"forward": "o", "step": "s", "backward": "s"}
+INK, FAINT = "#22262b", "#c9ced6"
+
+STYLE: Any = {
+    "font.size": 9.5,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.dpi": 130,
+}
+
+
+def _label(row: Row) -> str:
+    """The case in a reader's words: the dtype is the bar's colour."""
+    case = row.job.case
+    parts = [row.job.direction if row.job.direction != "step" else "fwd + bwd"]
+    if case.window:
+        parts.append(f"window {case.window[0]}")
+    elif case.causal:
+        parts.append("causal")
+    if case.mask == "11qk" and case.mask_values == "blocks":
+        parts.append("half-empty mask")
+    elif case.mask is not None:
+        parts.append("mask")
+    if case.bias is not None:
+        parts.append("bias")
+    parts.append(f"L={case.Lq}" if case.Lq == case.Lk else f"Lq={case.Lq} Lk={case.Lk}")
+    parts.append(f"D={case.D}")
+    if (case.B, case.Hq) != (1, 8):
+        parts.append(f"B={case.B} H={case.Hq}" + (f"/{case.Hkv}" if case.gqa > 1 else ""))
+    return "  ".join(parts)
+
+
+def _headline(figure: Any, title: str, machine: Machine, top: float) -> None:
+    figure.suptitle(title, x=0.012, y=0.995, ha="left", va="top", fontsize=15, fontweight="bold")
+    figure.text(0.012, top, "\n".join(machine.lines()), ha="left", va="top", fontsize=8, color="#5b6470")
+
+
+def plot_rows(path: Path, rows: Sequence[Row], machine: Machine) -> None:
+    """Left: how many times faster than SDPA (log scale). Right: % of the measured peak, SDPA's as a diamond."""
+    with plt.rc_context(STYLE):
+        height = 2.1 + 0.31 * len(rows)
+        figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(12.5, height), width_ratios=(1.35, 1))
+        y = list(range(len(rows)))
+        colors = [COLORS[row.job.dtype] for row in rows]
+        alphas = [ALPHA[row.job.direction] for row in rows]
+        speedups = [row.speedup() or 1.0 for row in rows]
+        for position, speedup, color, alpha in zip(y, speedups, colors, alphas, strict=True):
+            left.barh(position, speedup - 1, left=1, height=0.68, color=color, alpha=alpha)
+            place = max(speedup, 1.0)
+            left.annotate(
+                f"{speedup:.1f}×", (place, position), (4, 0), textcoords="offset points", va="center", fontweight="bold"
+            )
+        left.set_xscale("log", base=2)
+        left.set_xlim(min(1.0, *speedups) * 0.97, max(2.0, *speedups) * 1.28)
+        left.xaxis.set_major_locator(LogLocator(base=2))
+        left.xaxis.set_minor_locator(NullLocator())
+        left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        left.axvline(1, color=INK, linewidth=1)
+        left.set_xlabel("times faster than PyTorch SDPA")
+        left.set_yticks(y, [_label(row) for row in rows])
+        left.tick_params(axis="y", length=0)
+        left.invert_yaxis()
+
+        for position, row, color, alpha in zip(y, rows, colors, alphas, strict=True):
+            share = row.percent_of_peak()
+            right.barh(position, share, height=0.68, color=color, alpha=alpha)
+            right.annotate(f"{share:.0f}%", (share, position), (4, 0), textcoords="offset points", va="center")
+            if BASELINE in row.timings:
+                right.plot(row.percent_of_peak(BASELINE), position, marker="D", markersize=5, color=INK, zorder=3)
+        right.set_xlim(0, 108)
+        right.axvline(100, color=INK, linewidth=1)
+        right.set_xlabel("% of the multiply-add peak measured beside each case")
+        right.tick_params(axis="y", length=0)
+        for axes in (left, right):
+            axes.grid(axis="x", color=FAINT, linewidth=0.6, alpha=0.6)
+            axes.set_axisbelow(True)
+
+        dtypes = [dtype for dtype in COLORS if any(row.job.dtype == dtype for row in rows)]
+        handles: list[Any] = [Patch(color=COLORS[dtype], label=SHORT[dtype]) for dtype in dtypes]
+        handles.append(Line2D([], [], marker="D", linestyle="", color=INK, markersize=5, label="SDPA's share of peak"))
+        top = 1 - 0.34 / height
+        _headline(figure, "fastattn against PyTorch SDPA", machine, top)
+        figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.99, 1.0), ncols=len(handles), frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.78 / height))
+        _save(figure, path)
+
+
+def plot_sweep(path: Path, points: Sequence[Point], machine: Machine, counts_from_us: float) -> None:
+    """One dot for each shape: SDPA's time against the speed-up; below `counts_from_us` only overhead is left."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(11, 6.2))
+        for point in points:
+            axes.scatter(
+                point.sdpa_us,
+                point.ratio,
+                s=22,
+                color=COLORS[point.job.dtype],
+                marker=MARKERS[point.job.direction],
+                alpha=0.75,
+                linewidths=0,
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.axhline(1, color=INK, linewidth=1)
+        axes.axvline(counts_from_us, color=INK, linewidth=1, linestyle=":")
+        axes.set_xlabel("time of PyTorch SDPA, µs")
+        axes.set_ylabel("times faster than PyTorch SDPA")
+        axes.grid(color=FAINT, linewidth=0.6, alpha=0.6)
+        axes.set_axisbelow(True)
+        handles: list[Any] = [Patch(color=color, label=SHORT[dtype]) for dtype, color in COLORS.items()]
+        handles += [
+            Line2D([], [], marker=MARKERS[direction], linestyle="", color=INK, label=label)
+            for direction, label in (("forward", "forward"), ("step", "forward + backward"))
+        ]
+        axes.legend(handles=handles, frameon=False, ncols=len(handles), loc="upper left", bbox_to_anchor=(0, 1.08))
+        _headline(figure, f"{len(points)} shapes against PyTorch SDPA", machine, 0.945)
+        figure.tight_layout(rect=(0, 0, 1, 0.9))
+        _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)

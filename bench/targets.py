@@ -1,0 +1,308 @@
+"""The figures that the library is held to, each measured and set beside its target: met or missed.
+
+They are for two threads of a processor with AVX512-BF16. B=1 and H=8 unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from bench import sweep as shapes
+from bench.cases import Job, visible_pairs
+from bench.measure import Row, WrongResult, error_in_bounds, expected_results, measure
+from bench.memory import measure_memory
+from bench.peak import PeakMeter, active_isa
+from bench.peers import BASELINE, OURS, PEERS
+from bench.report import text_table
+from bench.timing import Runner, interleave
+from tests.cases import Case, bench_case
+
+AT_LEAST, AT_MOST = ">=", "<="
+MEMORY_LENGTH = 16384
+
+
+@dataclass(frozen=True)
+class Target:
+    """Measured is None where this machine or build cannot measure it; `detail` then says why."""
+
+    name: str
+    quantity: str
+    relation: str
+    goal: float
+    measured: float | None
+    detail: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        met = self.measured >= self.goal if self.relation == AT_LEAST else self.measured <= self.goal
+        return "met" if met else "MISSED"
+
+
+@dataclass
+class Context:
+    meter: PeakMeter
+    budget_s: float  # for each timed job
+    sweep_s: float
+    say: Callable[[str], None]
+    rows: list[Row] = field(default_factory=list)
+    sweep: shapes.Sweep | None = None
+
+    def measure(self, job: Job) -> Row:
+        self.say(job.id)
+        row = measure(job, [PEERS[OURS], PEERS[BASELINE]], self.meter, self.budget_s)
+        self.rows.append(row)
+        return row
+
+
+def wrong_target(name: str, wrong: WrongResult) -> Target:
+    """Wrong numbers are not timed: whatever the goal was, it is missed."""
+    return Target(name, "right numbers", AT_LEAST, 1, 0, str(wrong))
+
+
+# Case, dtype, direction, % of peak, times SDPA; None where there is no such target.
+TABLE: list[tuple[Case, str, str, float | None, float | None]] = [
+    (bench_case(2048, 64), "float32", "forward", 88, 2.3),
+    (bench_case(2048, 128), "float32", "forward", 90, 2.2),
+    (bench_case(2048, 64, causal="top_left"), "float32", "forward", 80, 2.4),
+    (bench_case(2048, 64), "bfloat16", "forward", 78, 4.2),
+    (bench_case(2048, 128), "bfloat16", "forward", 80, 4.0),
+    (bench_case(2048, 64), "float16", "forward", 80, 3.5),
+    (bench_case(2048, 64), "float32", "backward", 82, 2.2),
+    (bench_case(2048, 128), "float32", "backward", 82, 2.0),
+    (bench_case(2048, 64), "bfloat16", "backward", 65, 2.4),
+    (bench_case(2048, 128), "bfloat16", "backward", 65, 2.2),
+    (bench_case(2048, 64), "float16", "backward", 75, 20),
+    (bench_case(512, 64, causal="top_left"), "float32", "forward", None, 4),
+    (bench_case(197, 64, H=12, B=8), "float32", "forward", None, 1.9),
+    (bench_case(197, 64, H=12, B=8), "float32", "step", None, 1.9),
+]
+
+
+def table_targets(context: Context) -> Iterator[Target]:
+    for case, dtype, direction, percent, ratio in TABLE:
+        job = Job(case, dtype, direction)
+        try:
+            row = context.measure(job)
+        except WrongResult as wrong:
+            yield wrong_target(job.id, wrong)
+        else:
+            yield from _row_targets(row, job.id, percent, ratio)
+
+
+def _row_targets(row: Row, name: str, percent: float | None, ratio: float | None) -> Iterator[Target]:
+    if percent is not None:
+        detail = f"{row.gflops():.0f} of {row.peak_gflops:.0f} GFLOP/s"
+        yield Target(name, "% of peak", AT_LEAST, percent, row.percent_of_peak(), detail)
+    if ratio is not None:
+        ours, sdpa = row.timings[OURS].median_ms, row.timings[BASELINE].median_ms
+        yield Target(name, "x SDPA", AT_LEAST, ratio, row.speedup(), f"{ours:.3f} ms, SDPA {sdpa:.3f} ms")
+
+
+def own_times_ms(context: Context, *jobs: Job) -> list[float]:
+    """Our own times for several jobs, in turns, each checked first."""
+    runners = []
+    for number, job in enumerate(jobs):
+        context.say(job.id)
+        inputs = job.make_inputs()
+        prepared = PEERS[OURS].prepare(job, inputs)
+        error = error_in_bounds(job, prepared.results(), expected_results(job, inputs))
+        if error > 1:
+            raise WrongResult(f"{job.id}: off by {error:.3g} times the bound")
+        runners.append(Runner(str(number), prepared.runner.call, prepared.runner.context))
+    timings = interleave(runners, context.budget_s)
+    return [timings[runner.name].median_ms for runner in runners]
+
+
+def window_targets(context: Context) -> Iterator[Target]:
+    dense = Job(bench_case(8192, 64))
+    window = Job(bench_case(8192, 64, causal="bottom_right", window=(256, 0)))
+    share = visible_pairs(window.case, window.make_inputs()) / visible_pairs(dense.case, dense.make_inputs())
+    dense_ms, window_ms = own_times_ms(context, dense, window)
+    yield Target(
+        f"window (256, 0) at L=8192, which sees {100 * share:.2f}% of the pairs",
+        "time / (dense x share)",
+        AT_MOST,
+        1.3,
+        window_ms / (dense_ms * share),
+        f"{window_ms:.2f} ms, dense {dense_ms:.2f} ms",
+    )
+
+
+def mask_targets(context: Context) -> Iterator[Target]:
+    dense = Job(bench_case(2048, 64))
+    half = Job(bench_case(2048, 64, mask="11qk", mask_values="blocks"))
+    dense_ms, half_ms = own_times_ms(context, dense, half)
+    name = "fp32-forward, bool mask, half of the 64x64 tiles empty, L=2048"
+    detail = f"{half_ms:.2f} ms, dense {dense_ms:.2f} ms"
+    yield Target(name, "time / dense", AT_MOST, 0.6, half_ms / dense_ms, detail)
+    yield from _row_targets(context.measure(half), name, None, 3)
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    before = active_isa()
+    torch.ops.fastattn._set_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.fastattn._set_isa(before)
+
+
+def avx2_targets(context: Context) -> Iterator[Target]:
+    name = "fp32-forward, AVX2 forced, L=2048, D=64"
+    if "avx2" not in str(torch.ops.fastattn._supported_isas()).split(","):
+        yield Target(name, "% of peak", AT_LEAST, 85, None, "this processor has no AVX2")
+        return
+    with forced_isa("avx2"):
+        row = context.measure(Job(bench_case(2048, 64)))
+        yield from _row_targets(row, name, 85, 1.2)
+
+
+def _on_threads(runner: Runner, count: int) -> Runner:
+    """The same call, by this many threads."""
+
+    @contextmanager
+    def with_threads() -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            with runner.context():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+    return Runner(str(count), runner.call, with_threads)
+
+
+def thread_targets(context: Context) -> Iterator[Target]:
+    """One head, so that only a division within the head can occupy the second thread."""
+    case = bench_case(4096, 64, H=1)
+    threads = torch.get_num_threads()
+    for direction in ("forward", "backward"):
+        job = Job(case, "float32", direction)
+        name = f"second thread, {job.id}"
+        if threads < 2:
+            yield Target(name, "x one thread", AT_LEAST, 1.85, None, "the benchmark runs on one thread")
+            continue
+        context.say(name)
+        inputs = job.make_inputs()
+        prepared = PEERS[OURS].prepare(job, inputs)
+        runners = [_on_threads(prepared.runner, count) for count in (1, 2)]
+        timings = interleave(runners, context.budget_s)
+        one, two = (timings[str(count)].median_ms for count in (1, 2))
+        peak = context.meter.measure(job.dtype, 2) / context.meter.measure(job.dtype, 1)
+        detail = f"{one:.2f} ms, then {two:.2f} ms; the peak itself grows {peak:.2f} x"
+        yield Target(name, "x one thread", AT_LEAST, 1.85, one / two, detail)
+
+
+OVERHEAD_CASES = (
+    bench_case(1, 16, H=1),
+    bench_case(1, 64, H=8),
+    bench_case(8, 32, H=2),
+    bench_case(16, 16, H=4),
+    bench_case(16, 64, H=1, causal="top_left"),
+    bench_case(16, 64, H=2, layout="blhd"),
+)
+
+
+def overhead_targets(context: Context) -> Iterator[Target]:
+    for direction, goal in shapes.OVERHEAD_US.items():
+        points = []
+        for case in OVERHEAD_CASES:
+            job = Job(case, "float32", direction)
+            context.say(f"overhead {job.id}")
+            points.append(shapes.measure_point(job, context.budget_s))
+        wrong = [point for point in points if point.error]
+        if wrong:
+            raise WrongResult(f"{wrong[0].job.id}: {wrong[0].error}")
+        worst = max(points, key=lambda point: point.excess_us)
+        name = f"small calls, {'without gradients' if direction == 'forward' else 'forward + backward'}"
+        detail = f"worst of {len(points)}: {worst.job.id}, {worst.ours_us:.1f} us, SDPA {worst.sdpa_us:.1f} us"
+        yield Target(name, "us more than SDPA", AT_MOST, goal, worst.excess_us, detail)
+
+
+def memory_targets(context: Context) -> Iterator[Target]:
+    name = f"memory beyond inputs, output and gradients, fp32 step, L={MEMORY_LENGTH}"
+    context.say(name)
+    try:
+        ours = measure_memory(OURS, length=MEMORY_LENGTH, threads=torch.get_num_threads())
+    except (OSError, RuntimeError) as failure:
+        yield Target(name, "copies of q, k, v", AT_MOST, 1.0, None, str(failure).partition("\n")[0])
+        return
+    detail = f"{ours.extra_bytes / 2**20:.0f} MiB of {ours.unit_bytes / 2**20:.0f} MiB"
+    yield Target(name, "copies of q, k, v", AT_MOST, 1.0, ours.extra_units, detail)
+
+
+def sweep_targets(context: Context) -> Iterator[Target]:
+    jobs = shapes.candidates(sdpa_cap_s=0.15)
+    context.sweep = shapes.run_sweep(
+        jobs, total_s=context.sweep_s, on_point=lambda point: context.say(f"sweep {point.job.id}")
+    )
+    wrong = context.sweep.wrong()
+    if wrong:
+        raise WrongResult(f"{wrong[0].job.id}: {wrong[0].error}")
+    worst = context.sweep.worst_ratio()
+    name = f"worst of {len(context.sweep.counting())} shapes of the sweep"
+    yield Target(
+        name,
+        "x SDPA",
+        AT_LEAST,
+        1.0,
+        worst.ratio if worst else None,
+        f"{worst.job.id}, {worst.ours_us:.0f} us" if worst else "no shape was reached in the time given",
+    )
+
+
+GROUPS: dict[str, Callable[[Context], Iterator[Target]]] = {
+    "table": table_targets,
+    "window": window_targets,
+    "mask": mask_targets,
+    "avx2": avx2_targets,
+    "threads": thread_targets,
+    "overhead": overhead_targets,
+    "memory": memory_targets,
+    "sweep": sweep_targets,
+}
+
+
+def run_targets(context: Context, groups: list[str]) -> list[Target]:
+    targets: list[Target] = []
+    for group in groups:
+        try:
+            targets += GROUPS[group](context)
+        except WrongResult as wrong:
+            targets.append(wrong_target(group, wrong))
+    return targets
+
+
+def target_table(targets: list[Target]) -> str:
+    lines = [
+        [
+            target.name,
+            target.quantity,
+            f"{target.relation} {target.goal:g}",
+            "-" if target.measured is None else f"{target.measured:.2f}",
+            target.verdict,
+            target.detail,
+        ]
+        for target in targets
+    ]
+    missed = sum(target.verdict == "MISSED" for target in targets)
+    unmeasured = sum(target.measured is None for target in targets)
+    summary = f"{len(targets) - missed - unmeasured} of {len(targets)} targets met, {missed} missed"
+    if unmeasured:
+        summary += f", {unmeasured} not measured"
+    return (
+        text_table(["target", "quantity", "goal", "measured", "verdict", ""], lines, left=(0, 1, 5)) + "\n\n" + summary
+    )
+
+
+def target_as_dict(target: Target) -> dict[str, Any]:
+    return {**asdict(target), "verdict": target.verdict}

@@ -1,0 +1,109 @@
+"""Timing several ways to do one thing, in turns, so that a machine that drifts slows all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SHORT_CALL_S = 200e-6  # below this, several calls make one sample: the clock and its own call take about 0.1 us
+SAMPLE_S = 500e-6
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One way to do it. `context` is entered around each turn, outside the clock."""
+
+    name: str
+    call: Callable[[], Any]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Timing:
+    samples_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        return float(np.median(self.samples_ms))
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float]:
+        q25, q75 = np.percentile(self.samples_ms, (25, 75))
+        return float(q25), float(q75)
+
+    @property
+    def iqr_ms(self) -> float:
+        q25, q75 = self.quartiles_ms
+        return q75 - q25
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _time_calls(call: Callable[[], Any], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def _estimate(runner: Runner) -> float:
+    """Seconds a call takes, after a warm-up call."""
+    with runner.context():
+        runner.call()
+        estimate = _time_calls(runner.call, 1)
+        if estimate < SAMPLE_S:  # short calls want a longer warm-up, and a steadier estimate
+            estimate = _time_calls(runner.call, max(2, int(20 * SHORT_CALL_S / max(estimate, 1e-6))))
+    return estimate
+
+
+def _take_turn(runner: Runner, estimate_s: float, slot_s: float) -> list[float]:
+    """Samples in ms, as many as fit into the slot and at least one."""
+    calls = 1 if estimate_s >= SHORT_CALL_S else math.ceil(SAMPLE_S / estimate_s)
+    count = min(20, max(1, int(slot_s / (calls * estimate_s))))
+    with runner.context():
+        return [1e3 * _time_calls(runner.call, calls) for _ in range(count)]
+
+
+def interleave(
+    runners: list[Runner],
+    budget_s: float,
+    *,
+    rounds: int = 10,
+    min_rounds: int = 3,
+    on_turn: Callable[[str], None] | None = None,
+) -> dict[str, Timing]:
+    """Times the runners in turns A B C A B C ..., each for an equal slot of the budget and at least `min_rounds` calls.
+
+    A runner whose single call takes longer than the whole budget has one turn only.
+    """
+    with without_garbage_collection():
+        estimates = {runner.name: _estimate(runner) for runner in runners}
+        slot_s = budget_s / (rounds * len(runners))
+        round_s = sum(max(slot_s, estimates[runner.name]) for runner in runners)
+        turns = max(min_rounds, min(rounds, int(budget_s / round_s)))
+        samples: dict[str, list[float]] = {runner.name: [] for runner in runners}
+        for turn in range(turns):
+            for runner in runners:
+                if turn and estimates[runner.name] > budget_s:
+                    continue
+                if on_turn:
+                    on_turn(runner.name)
+                samples[runner.name] += _take_turn(runner, estimates[runner.name], slot_s)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
