@@ -86,8 +86,8 @@ def attention(
 
     A row sees key j when j < n, ``mask`` keeps it, its bias is not -inf, and it lies in the row's window around the
     diagonal. Where ``causal`` is False, True or "bottom_right", the diagonal of row i is key ``i + n - Lq``: the last
-    row stands at the last key that exists, as a decoder that continues a sequence needs. With "top_left" it is key i, as
-    in ``torch.nn.functional.scaled_dot_product_attention(is_causal=True)``. The two are the same when Lq = n. A row
+    row stands at the last key that exists, as a decoder that continues a sequence needs. With "top_left" it is key i,
+    as in ``torch.nn.functional.scaled_dot_product_attention(is_causal=True)``. The two are the same when Lq = n. A row
     that sees no key has o = 0, lse = -inf and gradients of 0, with sinks too.
 
     Products and sums are accumulated in float32 (float64 for float64), and each result is rounded once. The same

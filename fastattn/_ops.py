@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn import _errors
 
@@ -179,7 +180,9 @@ def _gradients(
         *(d_o, d_lse, q, k, v, o, stats, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state),
         *(*ctx.settings, need_d_bias, need_d_sinks),
     )
-    if torch.is_grad_enabled():
+    if torch._C._are_functorch_transforms_active():
+        dq, dk, dv, d_bias, d_sinks = _FunctionalBackward.apply(*args)
+    elif torch.is_grad_enabled():
         # create_graph=True: the operator's own registered gradient makes the second derivative.
         dq, dk, dv, d_bias, d_sinks = _backward_op(*args)
     else:
@@ -249,51 +252,77 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of attention_backward: second derivatives, from the plain torch operations of fastattn.reference.
 
-    The first derivatives are computed again in a form that autograd can differentiate, which takes O(Lq * Lk) memory.
+    The first derivatives are computed again in a form that can be differentiated, which takes O(Lq * Lk) memory.
     o and stats get no gradient: they follow from q, k and v, and are computed again too.
     """
     if all(grad is None for grad in grads):
         return (None,) * len(ctx.needs_input_grad)
-    create_graph = torch.is_grad_enabled()
+    saved: list[Any] = list(ctx.saved_tensors)
+    if not torch.is_grad_enabled():  # no third derivative is asked for
+        saved = [x if x is None else x.detach() for x in saved]
+    d_o, d_lse, q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state = saved
+    cotangents = (d_o,) if d_lse is None else (d_o, d_lse)
+    primals = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
+    primals = {name: x for name, x in primals.items() if x is not None}
 
-    def variable(tensor: Tensor | None) -> Tensor | None:
-        """A tensor at which gradients stop; where a third derivative may follow, with the graph behind it."""
-        if tensor is None:
-            return None
-        return tensor.view_as(tensor) if create_graph and tensor.requires_grad else tensor.detach().requires_grad_()
+    def first(primals: dict[str, Tensor], cotangents: tuple[Tensor, ...]) -> Any:
+        def results(primals: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            q, k, v = primals["q"], primals["k"], primals["v"]
+            others = (primals.get("bias"), mask, alibi_slopes, primals.get("sinks"), kv_lengths, rng_state)
+            return attention_by_reference(q, k, v, *others, *ctx.settings)[: len(cotangents)]
 
-    with torch.enable_grad():
-        d_o, d_lse, q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state = ctx.saved_tensors
-        variables: Any = [variable(tensor) for tensor in (d_o, d_lse, q, k, v, bias, sinks)]
-        d_o, d_lse, q, k, v, bias, sinks = variables
-        o, lse = attention_by_reference(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *ctx.settings)
-        outputs, d_outputs = ((o,), (d_o,)) if d_lse is None else ((o, lse), (d_o, d_lse))
-        # bias and sinks have a place in `grads` even when there are none.
-        pairs = [
-            (x, grad)
-            for x, grad in zip((q, k, v, bias, sinks), grads, strict=True)
-            if x is not None and grad is not None
-        ]
-        # materialize_grads: a result can be independent of an input, as lse is of v.
-        firsts = torch.autograd.grad(
-            outputs, [x for x, _ in pairs], d_outputs, create_graph=True, materialize_grads=True
-        )
-        dependent = [(first, grad) for first, (_, grad) in zip(firsts, pairs, strict=True) if first.requires_grad]
-        sources = {"d_o": d_o, "d_lse": d_lse, "q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
-        present = {name: x for name, x in sources.items() if x is not None}
-        seconds: dict[str, Tensor | None] = {}
-        if dependent:
-            found = torch.autograd.grad(
-                [first for first, _ in dependent],
-                list(present.values()),
-                [grad for _, grad in dependent],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-            seconds = dict(zip(present, found, strict=True))
-    by_argument = ("d_o", "d_lse", "q", "k", "v", "o", "stats", "bias", "mask", "alibi_slopes", "sinks")
-    second = [seconds.get(name) for name in by_argument]
+        return torch.func.vjp(results, primals)[1](cotangents)[0]
+
+    transformed: Any = torch.func.vjp(first, primals, cotangents)
+    firsts, pullback = transformed
+    given = dict(zip(("q", "k", "v", "bias", "sinks"), grads, strict=True))
+    d_firsts = {name: torch.zeros_like(x) if given[name] is None else given[name] for name, x in firsts.items()}
+    d_primals, d_cotangents = pullback(d_firsts)
+    # In the order of attention_backward's arguments.
+    second = [d_cotangents[0], d_cotangents[1] if d_lse is not None else None]
+    names = ("q", "k", "v", "o", "stats", "bias", "mask", "alibi_slopes", "sinks")
+    second += [d_primals.get(name) for name in names]
     return tuple(second + [None] * (len(ctx.needs_input_grad) - len(second)))
+
+
+class _FunctionalForward(torch.autograd.Function):
+    """attention_forward under the transforms of torch.func, which cannot see through torch.library's gradients."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(*inputs)
+
+    setup_context = staticmethod(_setup_forward)
+    backward = staticmethod(_forward_gradients)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_FunctionalForward.apply, info.batch_size, in_dims, inputs)
+
+
+class _FunctionalBackward(torch.autograd.Function):
+    """attention_backward, likewise."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _backward_op(*inputs)
+
+    setup_context = staticmethod(_setup_backward)
+    backward = staticmethod(_backward_gradients)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_FunctionalBackward.apply, info.batch_size, in_dims, inputs)
+
+
+def _one_by_one(function: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """What torch.func.vmap makes of an operator: calls for one element after the other, and their results stacked."""
+    results = [
+        function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 torch.library.register_autograd("fastattn::attention_forward", _forward_gradients, setup_context=_setup_forward)
@@ -383,8 +412,15 @@ def attention(
         or (sinks is not None and sinks.requires_grad)
     )
     settings = (causal, window_left, window_right, scale, softcap, dropout_p)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         o, lse, _ = _forward_op(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings, needs_grad)
+        return o, lse
+    if forward_ad._current_level >= 0:
+        # The kernels have no forward-mode derivative.
+        return attention_by_reference(q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, *settings)
+    if torch._C._are_functorch_transforms_active():
+        tensors = (q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state)
+        o, lse, _ = _FunctionalForward.apply(*tensors, *settings, True)
         return o, lse
     if needs_grad:
         others = (mask, alibi_slopes, kv_lengths, rng_state)
