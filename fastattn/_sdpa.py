@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function
 
 from fastattn import _errors, _ops
@@ -192,10 +191,9 @@ def _attend_any_rank(
             f"fastattn: attn_mask has {attn_mask.dim()} dimensions, shape {tuple(attn_mask.shape)}, but query, key and "
             f"value have at most {rank}; it must broadcast to the scores (..., Lq, Lk): add dimensions to query."
         )
-    full = max(rank, 4)
-    q, k, v = (_with_rank(x, full) for x in (query, key, value))
+    q, k, v = (_with_rank(x, max(rank, 4)) for x in (query, key, value))
 
-    Hq, Hk, Hv = q.size(-3), k.size(-3), v.size(-3)
+    Hq, Hk, Hv = q.shape[-3], k.shape[-3], v.shape[-3]
     if enable_gqa:
         if (Hk == 0 or Hq % Hk) if Hq else Hk:
             raise _heads_error("key", Hk, Hq)
@@ -210,11 +208,13 @@ def _attend_any_rank(
         if not Hk == Hv == 1:
             k, v = (x.expand(*x.shape[:-3], heads, *x.shape[-2:]) for x in (k, v))
 
-    batch = _broadcast_sizes([q.shape[:-3], k.shape[:-3], v.shape[:-3]], "batch dimensions")
-    q, k, v = (x.expand(*batch, *x.shape[-3:]).flatten(0, -4) for x in (q, k, v))
+    batch = tuple(q.shape[:-3])
+    if not batch == k.shape[:-3] == v.shape[:-3]:
+        batch = _broadcast_sizes([batch, k.shape[:-3], v.shape[:-3]], "batch dimensions")
+        q, k, v = (x.expand(*batch, *x.shape[-3:]) for x in (q, k, v))
     mask = attn_mask
-    if mask is not None:
-        mask = _with_rank(mask, full)
+    if mask is not None and rank > 4:
+        mask = _with_rank(mask, rank)
         # A mask that is the same for the whole batch stays small; another is laid out over the batch it belongs to.
         lead = mask.shape[:-3]
         if any(size != 1 for size in lead):
@@ -225,13 +225,18 @@ def _attend_any_rank(
                 )
             mask = mask.expand(*batch, *mask.shape[-3:])
         mask = mask.flatten(0, -4)
+    if rank > 4:
+        q, k, v = (x.flatten(0, -4) for x in (q, k, v))
     o = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
-    return o.unflatten(0, batch)[(0,) * (full - rank)] if full != rank else o.unflatten(0, batch)
+    if rank > 4:
+        return o.unflatten(0, batch)
+    return o.squeeze(0) if rank == 3 else o[0, 0] if rank == 2 else o
 
 
 def _with_rank(x: Tensor, rank: int) -> Tensor:
     """A view of x with dimensions of size 1 in front."""
-    return x.expand((1,) * (rank - x.dim()) + x.shape) if x.dim() < rank else x
+    missing = rank - x.dim()
+    return x if not missing else x.unsqueeze(0) if missing == 1 else x.expand((1,) * missing + x.shape)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -419,36 +424,51 @@ def _replacement(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if not _switch.active:
         return _switch.original(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    if type(attn_mask) is CausalBias:
-        # Calls this again, with is_causal or an ordinary mask in its place.
+    if type(attn_mask).__module__ == "torch.nn.attention.bias":
+        # CausalBias, whose import would import torch's compiler. It calls this again, with is_causal or a mask instead.
         args = (query, key, value, attn_mask, dropout_p, is_causal)
-        return CausalBias.__torch_function__(F.scaled_dot_product_attention, (CausalBias,), args, options)
+        kind: Any = type(attn_mask)
+        return kind.__torch_function__(F.scaled_dot_product_attention, (kind,), args, options)
     if torch.compiler.is_dynamo_compiling():
-        reason = _reason_to_hand_back(query, key, value, attn_mask, _transform_while_traced())
-        _count_while_traced(reason)
+        reason = _reason_to_hand_back(query, key, value, attn_mask, _transform())
+        _count(reason)
         serve = _switch.original if reason else scaled_dot_product_attention
         return serve(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if torch._C._is_torch_function_mode_enabled():
         # A mode (torch.set_default_device is one) sees the call, as it would see PyTorch's, and calls this again.
         tensors = (query, key, value, attn_mask)
         return handle_torch_function(_replacement, tensors, *tensors, dropout_p, is_causal, **options)
-    reason = _reason_to_hand_back(query, key, value, attn_mask, _transform())
-    if reason is None:
+    refusal: Exception | None = None
+    if (
+        type(query) in _PLAIN
+        and type(key) in _PLAIN
+        and type(value) in _PLAIN
+        and (attn_mask is None or type(attn_mask) in _PLAIN)
+        and query.is_cpu
+        and not _functorch_is_active()
+        and forward_ad._current_level < 0
+    ):
         try:
-            o = scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+            o = scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         except (TypeError, ValueError) as error:
-            # PyTorch takes some of these, and refuses the others in its own words. Its CPU kernel does not compare the
-            # lengths of key and value, though, and would read beyond the end of value.
-            if key.size(-2) != value.size(-2):
-                raise
-            _count(_REFUSED, f" ({error})")
+            refusal = error
         else:
-            _count(None)
+            with _switch.lock:
+                _switch.served += 1
             return o
+    reason = _reason_to_hand_back(query, key, value, attn_mask, _transform())
+    if reason is None and refusal is not None:
+        # PyTorch takes some of these, and refuses the others in its own words. Its CPU kernel does not compare the
+        # lengths of key and value, though, and would read beyond the end of value.
+        if key.dim() > 1 and value.dim() > 1 and key.size(-2) != value.size(-2):
+            raise refusal
+        _count(_REFUSED, f" ({refusal})")
     else:
         _count(reason)
-        if reason is _SUBCLASSES:
-            return _call_subclass(_switch.original, query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if reason is _SUBCLASSES:
+        return _call_subclass(_switch.original, query, key, value, attn_mask, dropout_p, is_causal, **options)
     return _switch.original(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
@@ -461,16 +481,18 @@ _REFUSED = "arguments that fastattn refuses"
 _SUBCLASSES = "tensor subclasses"
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 # Subclasses that change nothing about what a tensor computes.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, type(None)})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
+_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 def _reason_to_hand_back(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, transform: str | None
 ) -> str | None:
-    """Why this call is not fastattn's to serve; None = it is. A few hundred nanoseconds: it runs for every call."""
+    """Why this call is not fastattn's to serve; None = it is, as far as can be said without looking at the sizes."""
     if transform is not None:
         return transform
-    if not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(attn_mask) in _PLAIN):
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    if not all(type(x) in _PLAIN for x in tensors):
         return _SUBCLASSES
     if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensors"
@@ -485,7 +507,7 @@ def _reason_to_hand_back(
 
 def _transform() -> str | None:
     """The transform of torch.func or forward-mode level that this thread is in: the operator has no rules for them."""
-    if torch._C._are_functorch_transforms_active():
+    if _functorch_is_active():
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
@@ -507,7 +529,8 @@ def _count(reason: str | None, detail: str = "") -> None:
         )
 
 
-# A trace may neither read the counters (it would be compiled again for each value) nor break off for them: these run
-# while the trace is made, and leave nothing in it.
-_transform_while_traced = torch.compiler.assume_constant_result(_transform)
-_count_while_traced = torch.compiler.assume_constant_result(_count)
+# A trace may neither read the counters (it would be compiled again for each value) nor break off for them: these two
+# run while the trace is made, and leave nothing in it. torch.compiler.assume_constant_result would set the same mark,
+# but imports the compiler, which takes a second.
+_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_count._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -725,6 +727,13 @@ class TestHandedBack:
 
         self.check("refuses", call)
 
+    def test_too_few_dimensions(self) -> None:
+        def call() -> None:
+            with pytest.raises(RuntimeError, match="at least 2 dimensional"):
+                F.scaled_dot_product_attention(randn(8), randn(8), randn(7))
+
+        self.check("refuses", call)
+
     def test_a_read_beyond_the_value_is_not_handed_back(self) -> None:
         """PyTorch's CPU kernel does not compare the two lengths."""
         with pytest.raises(ValueError, match="value has length 6 but key has 7"):
@@ -911,6 +920,11 @@ def test_torchscript_uses_pytorchs_function() -> None:
     with fastattn.replaced_sdpa():
         scripted = torch.jit.script(step)
     torch.testing.assert_close(scripted(x), torch_sdpa(x, x, x))
+
+
+def test_importing_and_replacing_do_not_load_the_compiler() -> None:
+    code = "import sys, fastattn; fastattn.replace_sdpa(); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_models_can_be_copied_while_replaced() -> None:
