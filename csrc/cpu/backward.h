@@ -99,8 +99,8 @@ struct BackwardPanel {
   const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
   float scale;                      // not yet in Q
   Operand k, v;
-  int64_t nk;
-  int64_t block;  // of the super-block's rows
+  int64_t first_key, nk;  // of the tile's keys, those to compute; k and v start at first_key
+  int64_t block;          // of the super-block's rows
   bool wants_d_bias;
 
   template <int NV>
@@ -108,18 +108,19 @@ struct BackwardPanel {
     using Unit = typename Operands::Unit;
     constexpr int64_t kRow = kBlockRows * 4;
     const int64_t lane0 = v0 * kLanes;
+    const int64_t first = first_key * kBlockRows + lane0;
     const int64_t rows = max_i64(nk, row_major_rows(NV));
     gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows,
                                     reinterpret_cast<const char*>(scratch.qt[block] + lane0), kRow,
-                                    Operands::units(p.D), scratch.s + lane0, kBlockRows, nullptr);
+                                    Operands::units(p.D), scratch.s + first, kBlockRows, nullptr);
     if (modifiers != nullptr) {
       Vf unused[NV];
       for (int i = 0; i < NV; ++i) unused[i] = vzero();
-      modify_scores<NV>(*modifiers, scratch.s, nk, v0, unused);
+      modify_scores<NV>(*modifiers, scratch.s, first_key, nk, v0, unused);
     }
     gemm_row_major<Unit, NV, false>(v.data, v.stride_bytes, rows,
                                     reinterpret_cast<const char*>(scratch.d_ot[block] + lane0), kRow,
-                                    Operands::units(p.Dv), scratch.ds + lane0, kBlockRows, nullptr);
+                                    Operands::units(p.Dv), scratch.ds + first, kBlockRows, nullptr);
 
     Vf base[NV], shift[NV], inverse_sum[NV], delta[NV];
     for (int i = 0; i < NV; ++i) {
@@ -129,7 +130,8 @@ struct BackwardPanel {
       inverse_sum[i] = vload(scratch.inverse_sum + row);
       delta[i] = vload(scratch.delta + row);
     }
-    for (int64_t c = 0; c < nk; c += Operands::kPairs ? 2 : 1) {
+    const int64_t end = first_key + nk;
+    for (int64_t c = first_key; c < end; c += Operands::kPairs ? 2 : 1) {
 #pragma GCC unroll 4
       for (int i = 0; i < NV; ++i) {
         const int64_t at = c * kBlockRows + lane0 + i * kLanes;
@@ -145,7 +147,7 @@ struct BackwardPanel {
 #pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
             Vf w = vzero(), g = vzero();
-            if (c + h < nk) gradient_at(at + h * kBlockRows, base[i], shift[i], inverse_sum[i], delta[i], &w, &g);
+            if (c + h < end) gradient_at(at + h * kBlockRows, base[i], shift[i], inverse_sum[i], delta[i], &w, &g);
             vhstore(scratch.s_half + at + h * kBlockRows, vnarrow(w));
             g_half[h] = vnarrow(g);
             vhstore(scratch.ds_half + at + h * kBlockRows, g_half[h]);
@@ -188,35 +190,53 @@ struct BackwardPanel {
   }
 };
 
-// C += A B with lanes = head dims, A row-major.
-template <class Unit>
+// Which part of a contraction over the tile's rows (or keys) a group of keys (or rows) needs: all of it, or, where the mask
+// geometry cuts the tile, what is visible.
+template <class Operands, bool kOverRows>
+struct TileUnits {
+  const MaskGeometry* g;  // null: all of it
+  const Tile* tile;
+  FASTATTN_FN UnitSpan of(const TileUnits& self, int64_t first, int64_t count) {
+    const Tile& t = *self.tile;
+    if (self.g == nullptr) return {0, Operands::units(kOverRows ? t.rows : t.nk)};
+    const TileSpan span =
+        kOverRows ? visible_rows(*self.g, t, first, count) : visible_keys(*self.g, t, first, count, 0);
+    return {Operands::kPairs ? span.begin / 2 : span.begin, Operands::units(span.end)};
+  }
+  inline __attribute__((always_inline)) UnitSpan operator()(int64_t first, int64_t count) const {
+    return of(*this, first, count);
+  }
+};
+
+// dV += P^T dO or dK += dS^T Q: lanes = head dims, A row-major, contraction over the tile's rows.
+template <class Operands>
+struct AccumulateKeys {
+  const char* a;
+  int64_t a_stride, keys;
+  Operand b;
+  float* c;
+  int64_t c_stride;
+  TileUnits<Operands, true> span;
+  template <int NV>
+  inline void run(int v0) const {
+    gemm_row_major_accumulate<typename Operands::Unit, NV>(a, a_stride, keys, b.data + v0 * kLanes * 4, b.stride_bytes,
+                                                           c + v0 * kLanes, c_stride, span);
+  }
+};
+
+// dQ += dS K: lanes = head dims, A column-major, contraction over the tile's keys.
+template <class Operands>
 struct AccumulateRows {
   const char* a;
   int64_t a_stride, rows;
   Operand b;
-  int64_t units;
   float* c;
   int64_t c_stride;
+  TileUnits<Operands, false> span;
   template <int NV>
   inline void run(int v0) const {
-    gemm_row_major_accumulate<Unit, NV>(a, a_stride, rows, b.data + v0 * kLanes * 4, b.stride_bytes, units,
-                                        c + v0 * kLanes, c_stride);
-  }
-};
-
-// C += A B with lanes = head dims, A column-major.
-template <class Unit>
-struct AccumulateColumns {
-  const char* a;
-  int64_t a_stride, rows;
-  Operand b;
-  int64_t units;
-  float* c;
-  int64_t c_stride;
-  template <int NV>
-  inline void run(int v0) const {
-    gemm_column_major<Unit, NV, Init::kAccumulate>(a, a_stride, rows, b.data + v0 * kLanes * 4, b.stride_bytes, units,
-                                                   c + v0 * kLanes, c_stride, nullptr);
+    gemm_column_major_accumulate<typename Operands::Unit, NV>(a, a_stride, rows, b.data + v0 * kLanes * 4,
+                                                              b.stride_bytes, c + v0 * kLanes, c_stride, span);
   }
 };
 
@@ -303,6 +323,33 @@ inline float prepare_statistics(const AttentionGradParams& gp, int64_t b, int64_
   return d_sink;
 }
 
+// A tile that the mask geometry cuts: each vector of rows takes only the keys that one of its rows sees; the rest of the
+// tile weighs nothing, and must say so, for the products that follow read it in groups of keys and of rows.
+template <class Operands>
+inline void run_trimmed(const MaskGeometry& g, const Tile& tile, const BackwardPanel<Operands>& panel) {
+  const BackwardScratch& scratch = panel.scratch;
+  const size_t elements = static_cast<size_t>(tile.nk * kBlockRows);
+  if constexpr (Operands::kPairs) {
+    memset(scratch.s_half, 0, elements * sizeof(uint16_t));
+    memset(scratch.ds_half, 0, elements * sizeof(uint16_t));
+    memset(scratch.ds_pairs, 0, elements / 2 * sizeof(uint32_t) + kBlockRows * sizeof(uint32_t));
+  } else {
+    memset(scratch.s, 0, elements * sizeof(float));
+    memset(scratch.ds, 0, elements * sizeof(float));
+  }
+  if (panel.wants_d_bias) memset(scratch.d_bias, 0, elements * sizeof(float));
+  BackwardPanel<Operands> part = panel;
+  for (int64_t r = 0; r < tile.rows; r += kLanes) {
+    const TileSpan span = visible_keys(g, tile, r, min_i64(kLanes, tile.rows - r), kRowPad);
+    if (span.begin >= span.end) continue;
+    part.first_key = span.begin;
+    part.nk = span.end - span.begin;
+    part.k.data = panel.k.data + span.begin * panel.k.stride_bytes;
+    part.v.data = panel.v.data + span.begin * panel.v.stride_bytes;
+    part.template run<1>(static_cast<int>(r / kLanes));
+  }
+}
+
 // A super-block of rows of one head against the task's keys [j0, j1), which all exist.
 template <class Operands>
 inline void backward_super_block(const AttentionGradParams& gp, const MaskGeometry& g, int64_t b, int64_t hq,
@@ -355,13 +402,18 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
         modifiers.tanh_tile = p.softcap != 0.0 ? scratch.tanh : nullptr;
       }
       if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
-      const BackwardPanel<Operands> panel{p,           scratch, is_modified ? &modifiers : nullptr, rest_scale,
-                                          k_broadcast, v_broadcast, nk, block, gp.d_bias != nullptr};
-      for_each_panel(vectors_of(tile.rows), panel);
+      const BackwardPanel<Operands> panel{
+          p, scratch, is_modified ? &modifiers : nullptr, rest_scale, k_broadcast, v_broadcast, 0, nk, block,
+          gp.d_bias != nullptr};
+      const bool is_trimmed = kind == TileKind::kPartial && p.mask == nullptr;
+      if (is_trimmed) {
+        run_trimmed(g, tile, panel);
+      } else {
+        for_each_panel(vectors_of(tile.rows), panel);
+      }
       if (gp.d_bias != nullptr) add_d_bias(gp, tile, scratch.d_bias);
 
       // The products over rows read whole groups of keys: those past the last one weigh nothing.
-      const int64_t row_units = Operands::units(tile.rows);
       const char *weights, *ds_rows, *ds_columns;
       int64_t key_stride;
       if constexpr (Operands::kPairs) {
@@ -378,14 +430,17 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
         ds_rows = ds_columns = reinterpret_cast<const char*>(scratch.ds);
         key_stride = kBlockRows * 4;
       }
+      const TileUnits<Operands, true> row_units{is_trimmed ? &g : nullptr, &tile};
+      const TileUnits<Operands, false> key_units{is_trimmed ? &g : nullptr, &tile};
       for_each_panel(vectors_of(p.Dv),
-                     AccumulateRows<Unit>{weights, key_stride, nk, d_o_rows[block], row_units,
-                                          scratch.dv + (key0 - j0) * dv_stride, dv_stride});
-      for_each_panel(vectors_of(p.D), AccumulateRows<Unit>{ds_rows, key_stride, nk, q_rows[block], row_units,
-                                                           scratch.dk + (key0 - j0) * dk_stride, dk_stride});
+                     AccumulateKeys<Operands>{weights, key_stride, nk, d_o_rows[block],
+                                              scratch.dv + (key0 - j0) * dv_stride, dv_stride, row_units});
+      for_each_panel(vectors_of(p.D), AccumulateKeys<Operands>{ds_rows, key_stride, nk, q_rows[block],
+                                                               scratch.dk + (key0 - j0) * dk_stride, dk_stride,
+                                                               row_units});
       for_each_panel(vectors_of(p.D),
-                     AccumulateColumns<Unit>{ds_columns, kBlockRows * 4, tile.rows, k_vectors, Operands::units(nk),
-                                             dq + block * kBlockRows * dq_columns(p), dq_columns(p)});
+                     AccumulateRows<Operands>{ds_columns, kBlockRows * 4, tile.rows, k_vectors,
+                                              dq + block * kBlockRows * dq_columns(p), dq_columns(p), key_units});
     }
   }
 }

@@ -55,15 +55,15 @@ struct ForwardPanel {
   const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
   float scale;                      // not yet in Q; > 0 where modifiers is null
   Operand k, v;
-  int64_t nk;
-  int64_t v_rows;  // of O^T
+  int64_t first_key, nk;  // of the tile's keys, those to compute; k and v start at first_key
+  int64_t v_rows;         // of O^T
   bool is_first;
 
   template <int NV>
   inline void run(int v0) const {
     using Unit = typename Operands::Unit;
     constexpr int64_t kRow = kBlockRows * 4;
-    float* s = scratch.s + v0 * kLanes;
+    float* s = scratch.s + first_key * kBlockRows + v0 * kLanes;
     const char* qt = reinterpret_cast<const char*>(scratch.qt + v0 * kLanes);
     const int64_t units = Operands::units(p.D);
     const Vf minus_infinity = vset(-__builtin_inff());
@@ -73,7 +73,7 @@ struct ForwardPanel {
     const int64_t k_rows = max_i64(nk, row_major_rows(NV));
     if (modifiers != nullptr) {
       gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kBlockRows, lane_max);
-      modify_scores<NV>(*modifiers, scratch.s, nk, v0, lane_max);
+      modify_scores<NV>(*modifiers, scratch.s, first_key, nk, v0, lane_max);
     } else if (nk == k_rows) {
       gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kBlockRows, lane_max);
     } else {
@@ -199,6 +199,31 @@ inline void finish_rows(const AttentionParams& p, const ForwardItem& item, const
   }
 }
 
+inline void clear_rows(const AttentionParams& p, const ForwardScratch& scratch) {
+  for (int64_t r = 0; r < kBlockRows; ++r) {
+    scratch.row_max[r] = -__builtin_inff();
+    scratch.row_sum[r] = 0.0f;
+  }
+  memset(scratch.ot, 0, sizeof(float) * static_cast<size_t>(round_up(p.Dv, 2 * kLanes) * kBlockRows));
+}
+
+// A tile that the mask geometry cuts: each vector of rows takes only the keys that one of its rows sees, which leaves
+// half a tile of a diagonal to do instead of a whole one.
+template <class Operands>
+inline void run_trimmed(const MaskGeometry& g, const Tile& tile, const ForwardPanel<Operands>& panel) {
+  ForwardPanel<Operands> part = panel;
+  part.is_first = false;
+  for (int64_t r = 0; r < tile.rows; r += kLanes) {
+    const TileSpan span = visible_keys(g, tile, r, min_i64(kLanes, tile.rows - r), kRowPad);
+    if (span.begin >= span.end) continue;
+    part.first_key = span.begin;
+    part.nk = span.end - span.begin;
+    part.k.data = panel.k.data + span.begin * panel.k.stride_bytes;
+    part.v.data = panel.v.data + (Operands::kPairs ? span.begin / 2 : span.begin) * panel.v.stride_bytes;
+    part.template run<1>(static_cast<int>(r / kLanes));
+  }
+}
+
 template <class Operands>
 inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, char* memory) {
   using Raw = typename Operands::Raw;
@@ -215,14 +240,10 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
   const float rest_scale = Operands::kPairs ? scale : 1.0f;
   const bool always_modify = has_modifiers(p) || rest_scale <= 0.0f;
 
-  const TileRange keys = key_range(g, item.i0, item.i1);
-  const int64_t step = key_step(p, keys.end - keys.begin);
-  // With a mask tensor, tiles lie where its empty tiles lie, however the range begins.
-  int64_t j0 = p.mask != nullptr ? keys.begin / kMaskBlockKeys * kMaskBlockKeys : keys.begin;
-  bool is_first = true;
-  for (; j0 < keys.end; j0 += step) {
-    const int64_t begin = max_i64(j0, keys.begin);
-    const Tile tile{item.b, item.hq, item.i0, rows, begin, min_i64(j0 + step, keys.end) - begin};
+  KeyBlocks blocks(p, key_range(g, item.i0, item.i1));
+  bool is_first = true;   // O^T and the row statistics hold nothing yet
+  for (int64_t begin, end; blocks.next(&begin, &end);) {
+    const Tile tile{item.b, item.hq, item.i0, rows, begin, end - begin};
     const TileKind kind = tile_mask(p, g, tile, scratch.keep);
     if (kind == TileKind::kSkip) continue;
     ScoreModifiers modifiers;
@@ -241,19 +262,19 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
                                  tile.nk, p.D),
         Operands::broadcast_columns(scratch.v, row_at<const Raw>(p.v, p.v_stride, item.b, hkv, tile.j0), p.v_stride[2],
                                     tile.nk, p.Dv),
+        0,
         tile.nk,
         round_up(p.Dv, kColumnRows),
         is_first};
-    for_each_panel(vectors, panel);
+    if (kind == TileKind::kPartial && p.mask == nullptr) {
+      if (is_first) clear_rows(p, scratch);
+      run_trimmed(g, tile, panel);
+    } else {
+      for_each_panel(vectors, panel);
+    }
     is_first = false;
   }
-  if (is_first) {  // nothing was visible
-    for (int64_t r = 0; r < kBlockRows; ++r) {
-      scratch.row_max[r] = -__builtin_inff();
-      scratch.row_sum[r] = 0.0f;
-    }
-    memset(scratch.ot, 0, sizeof(float) * static_cast<size_t>(round_up(p.Dv, 2 * kLanes) * kBlockRows));
-  }
+  if (is_first) clear_rows(p, scratch);
   finish_rows<Operands>(p, item, scratch);
 }
 

@@ -98,13 +98,16 @@ FASTATTN_FN void gemm_rows(const char* a, int64_t a_stride, const char* b, int64
       for (int i = 0; i < (R + 2) / 3; ++i) row[i] += 4;
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
+  for (int v = 0; v < NV; ++v) {
+    // lane_max lives in memory: one update for all rows.
+    Vf top = kTrackMax ? lane_max[v] : vzero();
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
       vstore(c + r * c_stride + v * kLanes, acc[r][v]);
-      if constexpr (kTrackMax) lane_max[v] = vmax(lane_max[v], acc[r][v]);
+      if constexpr (kTrackMax) top = vmax(top, acc[r][v]);
     }
+    if constexpr (kTrackMax) lane_max[v] = top;
   }
 }
 
@@ -121,14 +124,23 @@ FASTATTN_FN void gemm_row_major(const char* a, int64_t a_stride, int64_t rows, c
   }
 }
 
-// All `rows` rows of row-major A, C += product. A and C are padded to a multiple of row_major_rows(NV) rows.
-template <class Unit, int NV>
+// The part [begin, end) of a contraction, in units, that a group of rows needs.
+struct UnitSpan {
+  int64_t begin, end;
+};
+
+// All `rows` rows of row-major A, C += product over the units that span(first_row, row_count) gives for each group. A and
+// C are padded to a multiple of row_major_rows(NV) rows.
+template <class Unit, int NV, class Span>
 FASTATTN_FN void gemm_row_major_accumulate(const char* a, int64_t a_stride, int64_t rows, const char* b,
-                                           int64_t b_stride, int64_t n, float* c, int64_t c_stride) {
+                                           int64_t b_stride, float* c, int64_t c_stride, const Span& span) {
   constexpr int R = row_major_rows(NV);
   for (int64_t r = 0; r < rows; r += R) {
-    gemm_rows<Unit, kRowMajorA, R, NV, Init::kAccumulate>(a + r * a_stride, a_stride, b, b_stride, n, c + r * c_stride,
-                                                          c_stride);
+    const UnitSpan units = span(r, r + R < rows ? R : rows - r);
+    if (units.begin >= units.end) continue;
+    gemm_rows<Unit, kRowMajorA, R, NV, Init::kAccumulate>(a + r * a_stride + units.begin * 4, a_stride,
+                                                          b + units.begin * b_stride, b_stride,
+                                                          units.end - units.begin, c + r * c_stride, c_stride);
   }
 }
 
@@ -140,6 +152,20 @@ FASTATTN_FN void gemm_column_major(const char* a, int64_t a_stride, int64_t rows
   for (int64_t r = 0; r < rows; r += R) {
     gemm_rows<Unit, kColumnMajorA, R, NV, kInit>(a + r * 4, a_stride, b, b_stride, n, c + r * c_stride, c_stride,
                                                  lane_scale);
+  }
+}
+
+// The same, C += product over the units that span(first_row, row_count) gives.
+template <class Unit, int NV, class Span>
+FASTATTN_FN void gemm_column_major_accumulate(const char* a, int64_t a_stride, int64_t rows, const char* b,
+                                              int64_t b_stride, float* c, int64_t c_stride, const Span& span) {
+  constexpr int R = column_major_rows(NV);
+  for (int64_t r = 0; r < rows; r += R) {
+    const UnitSpan units = span(r, r + R < rows ? R : rows - r);
+    if (units.begin >= units.end) continue;
+    gemm_rows<Unit, kColumnMajorA, R, NV, Init::kAccumulate>(a + r * 4 + units.begin * a_stride, a_stride,
+                                                             b + units.begin * b_stride, b_stride,
+                                                             units.end - units.begin, c + r * c_stride, c_stride);
   }
 }
 

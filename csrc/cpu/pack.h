@@ -12,7 +12,9 @@ namespace {
 // How the elements of a tensor are read into, and written from, float lanes.
 struct Float32 {
   using Raw = float;
-  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? vload(p) : vload_first(p, n); }
+  FASTATTN_FN Vf load(const Raw* p) { return vload(p); }
+  FASTATTN_FN void store(Raw* p, Vf x) { vstore(p, x); }
+  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? load(p) : vload_first(p, n); }
   FASTATTN_FN void store_first(Raw* p, Vf x, int64_t n) {
     if (n >= kLanes) {
       vstore(p, x);
@@ -23,12 +25,16 @@ struct Float32 {
 };
 struct BFloat16 {
   using Raw = uint16_t;
-  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? vload_bf16(p) : vload_bf16_first(p, n); }
+  FASTATTN_FN Vf load(const Raw* p) { return vload_bf16(p); }
+  FASTATTN_FN void store(Raw* p, Vf x) { vstore_bf16(p, x); }
+  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? load(p) : vload_bf16_first(p, n); }
   FASTATTN_FN void store_first(Raw* p, Vf x, int64_t n) { vstore_bf16_first(p, x, n); }
 };
 struct Float16 {
   using Raw = uint16_t;
-  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? vload_f16(p) : vload_f16_first(p, n); }
+  FASTATTN_FN Vf load(const Raw* p) { return vload_f16(p); }
+  FASTATTN_FN void store(Raw* p, Vf x) { vstore_f16(p, x); }
+  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? load(p) : vload_f16_first(p, n); }
   FASTATTN_FN void store_first(Raw* p, Vf x, int64_t n) { vstore_f16_first(p, x, n); }
 };
 
@@ -64,24 +70,44 @@ inline void widen_rows(float* to, int64_t to_stride, const typename Element::Raw
   for (int64_t r = rows; r < padded_rows; ++r) memset(to + r * to_stride, 0, sizeof(float) * padded_columns);
 }
 
-// to[c][r] = factor * from[r][c]: the transposed copy that the row-major kernels read as B. Rows up to kBlockRows are
-// zero; the columns of `to` are written in groups of kLanes, so `to` has round_up(columns, kLanes) rows of kBlockRows.
+// kLanes rows of kLanes numbers, zero beyond `rows` and `columns`.
+template <class Element>
+FASTATTN_FN void load_tile(Vf (&tile)[kLanes], const typename Element::Raw* from, int64_t stride, int64_t rows,
+                           int64_t columns) {
+  if (rows >= kLanes && columns >= kLanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) tile[r] = Element::load(from + r * stride);
+  } else {
+    for (int r = 0; r < kLanes; ++r) tile[r] = r < rows ? Element::load_first(from + r * stride, columns) : vzero();
+  }
+}
+
+// The reverse.
+template <class Element>
+FASTATTN_FN void store_tile(const Vf (&tile)[kLanes], typename Element::Raw* to, int64_t stride, int64_t rows,
+                            int64_t columns) {
+  if (rows >= kLanes && columns >= kLanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) Element::store(to + r * stride, tile[r]);
+  } else {
+    for (int r = 0; r < kLanes && r < rows; ++r) Element::store_first(to + r * stride, tile[r], columns);
+  }
+}
+
+// to[c][r] = factor * from[r][c]: the transposed copy that the row-major kernels read as B. Missing rows of the last
+// vector are zero; the columns of `to` are written in groups of kLanes, so `to` has round_up(columns, kLanes) rows of kBlockRows.
 template <class Element>
 inline void transpose_rows(float* to, const typename Element::Raw* from, int64_t from_stride, int64_t rows,
                            int64_t columns, float factor) {
   const Vf f = vset(factor);
-  for (int64_t r0 = 0; r0 < kBlockRows; r0 += kLanes) {
-    if (r0 >= rows) {
-      for (int64_t c = 0; c < columns; ++c) vstore(to + c * kBlockRows + r0, vzero());
-      continue;
-    }
+  for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
     for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
       Vf tile[kLanes];
-      for (int r = 0; r < kLanes; ++r) {
-        tile[r] = r0 + r < rows ? vmul(f, Element::load_first(from + (r0 + r) * from_stride + c0, columns - c0))
-                                : vzero();
-      }
+      load_tile<Element>(tile, from + r0 * from_stride + c0, from_stride, rows - r0, columns - c0);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) tile[r] = vmul(f, tile[r]);
       vtranspose(tile);
+#pragma GCC unroll 16
       for (int c = 0; c < kLanes; ++c) vstore(to + (c0 + c) * kBlockRows + r0, tile[c]);
     }
   }
@@ -95,11 +121,10 @@ inline void transpose_back(typename Element::Raw* to, int64_t to_stride, const f
     const Vf f = vload(row_factor + r0);
     for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
       Vf tile[kLanes];
+#pragma GCC unroll 16
       for (int c = 0; c < kLanes; ++c) tile[c] = vmul(f, vload(from + (c0 + c) * kBlockRows + r0));
       vtranspose(tile);
-      for (int r = 0; r < kLanes && r0 + r < rows; ++r) {
-        Element::store_first(to + (r0 + r) * to_stride + c0, tile[r], columns - c0);
-      }
+      store_tile<Element>(tile, to + r0 * to_stride + c0, to_stride, rows - r0, columns - c0);
     }
   }
 }
@@ -124,19 +149,23 @@ inline void zero_rows(typename Element::Raw* to, int64_t to_stride, int64_t rows
 // transpose_rows for pairs along the columns: to[c / 2][r] = (from[r][c], from[r][c + 1]).
 inline void transpose_pairs(uint32_t* to, const uint16_t* from, int64_t from_stride, int64_t rows, int64_t columns) {
   const int64_t units = (columns + 1) / 2;
-  for (int64_t r0 = 0; r0 < kBlockRows; r0 += kLanes) {
-    if (r0 >= rows) {
-      for (int64_t u = 0; u < units; ++u) vistore(to + u * kBlockRows + r0, viset(0));
-      continue;
-    }
+  for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
     for (int64_t u0 = 0; u0 < units; u0 += kLanes) {
       Vf tile[kLanes];
-      for (int r = 0; r < kLanes; ++r) {
-        tile[r] = r0 + r < rows ? vbits_as_float(vload_pairs_first(from + (r0 + r) * from_stride + 2 * u0,
-                                                                   columns - 2 * u0))
-                                : vzero();
+      if (rows - r0 >= kLanes && units - u0 >= kLanes && columns % 2 == 0) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) {
+          const uint16_t* row = from + (r0 + r) * from_stride + 2 * u0;
+          tile[r] = vbits_as_float(viload(reinterpret_cast<const uint32_t*>(row)));
+        }
+      } else {
+        for (int r = 0; r < kLanes; ++r) {
+          const uint16_t* row = from + (r0 + r) * from_stride + 2 * u0;
+          tile[r] = r0 + r < rows ? vbits_as_float(vload_pairs_first(row, columns - 2 * u0)) : vzero();
+        }
       }
       vtranspose(tile);
+#pragma GCC unroll 16
       for (int u = 0; u < kLanes; ++u) vistore(to + (u0 + u) * kBlockRows + r0, vbits_as_int(tile[u]));
     }
   }

@@ -29,12 +29,61 @@ FASTATTN_FN int64_t key_step(const AttentionParams& p, int64_t keys) {
   return min_i64(kMaxBlockKeys, round_up((keys + blocks - 1) / blocks, kRowPad));
 }
 
+// The blocks of keys that cover a range: apart where all rows see all keys and where they do not, so that few tiles need
+// a mask. With a mask tensor, blocks lie where its empty tiles lie, however the range begins.
+class KeyBlocks {
+ public:
+  inline __attribute__((always_inline)) KeyBlocks(const AttentionParams& p, const TileRange& range) : at_(range.begin) {
+    const bool has_full = p.mask == nullptr && range.full_begin < range.full_end;
+    ends_[0] = has_full ? range.full_begin : range.end;
+    ends_[1] = has_full ? range.full_end : range.end;
+    ends_[2] = range.end;
+    for (int i = 0; i < 3; ++i) step_[i] = key_step(p, ends_[i] - (i == 0 ? at_ : ends_[i - 1]));
+    is_aligned_ = p.mask != nullptr;
+  }
+  inline __attribute__((always_inline)) bool next(int64_t* begin, int64_t* end) {
+    while (stretch_ < 3 && at_ >= ends_[stretch_]) ++stretch_;
+    if (stretch_ == 3) return false;
+    *begin = at_;
+    const int64_t step = step_[stretch_];
+    at_ = min_i64(ends_[stretch_], is_aligned_ ? (at_ / step + 1) * step : at_ + step);
+    *end = at_;
+    return true;
+  }
+
+ private:
+  int64_t at_, ends_[3], step_[3];
+  int stretch_ = 0;
+  bool is_aligned_;
+};
+
 // Where a tile lies.
 struct Tile {
   int64_t b, hq;
   int64_t i0, rows;  // rows <= kBlockRows
   int64_t j0, nk;    // nk <= kMaxBlockKeys
 };
+
+// Keys (or rows) [begin, end) of a tile.
+struct TileSpan {
+  int64_t begin, end;
+};
+
+// The keys of the tile that any of its rows [r, r + n) sees, from an even key on (arithmetic in pairs) and, where any is
+// seen and the tile has as many, at least `least` keys (micro-kernels compute whole groups).
+FASTATTN_FN TileSpan visible_keys(const MaskGeometry& g, const Tile& t, int64_t r, int64_t n, int64_t least) {
+  const int64_t begin = clamp_i64(lo(g, t.i0 + r) - t.j0, 0, t.nk);
+  const int64_t end = clamp_i64(hi(g, t.i0 + r + n - 1) - t.j0, 0, t.nk);
+  if (begin >= end) return {0, 0};
+  const int64_t widened_end = max_i64(end, min_i64(least, t.nk));
+  return {min_i64(begin, max_i64(0, widened_end - least)) & ~int64_t{1}, widened_end};
+}
+
+// The rows [begin, end) of the tile that see any of its keys [c, c + n).
+FASTATTN_FN TileSpan visible_rows(const MaskGeometry& g, const Tile& t, int64_t c, int64_t n) {
+  return {clamp_i64(first_row_before_hi(g, t.j0 + c) - t.i0, 0, t.rows),
+          clamp_i64(end_row_after_lo(g, t.j0 + c + n - 1) - t.i0, 0, t.rows)};
+}
 
 FASTATTN_FN uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
 
@@ -133,9 +182,7 @@ inline void fill_bias_tile(const AttentionParams& p, const Tile& t, float* tile)
     for (int64_t r0 = 0; r0 < t.rows; r0 += kLanes) {
       for (int64_t c0 = 0; c0 < t.nk; c0 += kLanes) {
         Vf block[kLanes];
-        for (int r = 0; r < kLanes; ++r) {
-          block[r] = r0 + r < t.rows ? Element::load_first(bias + (r0 + r) * stride[2] + c0, t.nk - c0) : vzero();
-        }
+        load_tile<Element>(block, bias + r0 * stride[2] + c0, stride[2], t.rows - r0, t.nk - c0);
         vtranspose(block);
         for (int c = 0; c < kLanes && c0 + c < t.nk; ++c) vstore(tile + (c0 + c) * kBlockRows + r0, block[c]);
       }
@@ -226,13 +273,14 @@ inline ScoreModifiers score_modifiers(const AttentionParams& p, const MaskGeomet
   return m;
 }
 
-// Applies the modifiers to NV vectors of rows from vector v0 on; lane_max (NV vectors) becomes the maximum over keys.
+// Applies the modifiers to keys [first_key, first_key + nk) of NV vectors of rows from vector v0 on, and raises lane_max
+// (NV vectors) to their maximum.
 template <int NV>
-inline void modify_scores(const ScoreModifiers& m, float* s, int64_t nk, int v0, Vf* lane_max) {
+inline void modify_scores(const ScoreModifiers& m, float* s, int64_t first_key, int64_t nk, int v0, Vf* lane_max) {
   const Vf scale = vset(m.scale), cap = vset(m.softcap), slope = vset(m.alibi_slope);
   const Vf inverse_cap = vset(m.softcap != 0.0f ? 1.0f / m.softcap : 0.0f);
   const Vf minus_infinity = vset(-__builtin_inff());
-  for (int64_t c = 0; c < nk; ++c) {
+  for (int64_t c = first_key; c < first_key + nk; ++c) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const int64_t at = c * kBlockRows + (v0 + v) * kLanes;

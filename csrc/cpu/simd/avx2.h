@@ -118,27 +118,33 @@ FASTATTN_FN __m128i narrow_bf16(Vf x) {
   const Vi high = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
+FASTATTN_FN void vstore_bf16(uint16_t* p, Vf x) { _mm_storeu_si128((__m128i*)p, narrow_bf16(x)); }
 FASTATTN_FN void vstore_bf16_first(uint16_t* p, Vf x, int64_t n) { store_first_16(p, narrow_bf16(x), n); }
-FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
-  store_first_16(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
-}
+FASTATTN_FN __m128i narrow_f16(Vf x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTATTN_FN void vstore_f16(uint16_t* p, Vf x) { _mm_storeu_si128((__m128i*)p, narrow_f16(x)); }
+FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) { store_first_16(p, narrow_f16(x), n); }
 
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
   Vf t[kLanes];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 8
     for (int j = 0; j < 2; ++j) {
       r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
       r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xEE);
     }
   }
+#pragma GCC unroll 8
   for (int j = 0; j < 4; ++j) {
     t[j] = _mm256_permute2f128_ps(r[j], r[j + 4], 0x20);
     t[j + 4] = _mm256_permute2f128_ps(r[j], r[j + 4], 0x31);
   }
+#pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) r[j] = t[j];
 }
 

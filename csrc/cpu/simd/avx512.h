@@ -89,33 +89,42 @@ FASTATTN_FN __m256i narrow_bf16(Vf x) {
   const Vm nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, viset(0x7FC00000u)), 16));
 }
+FASTATTN_FN void vstore_bf16(uint16_t* p, Vf x) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(x)); }
 FASTATTN_FN void vstore_bf16_first(uint16_t* p, Vf x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(x));
 }
+FASTATTN_FN __m256i narrow_f16(Vf x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTATTN_FN void vstore_f16(uint16_t* p, Vf x) { _mm256_storeu_si256((__m256i*)p, narrow_f16(x)); }
 FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_f16(x));
 }
 
 // r[i] lane j <-> r[j] lane i, in four rounds that swap blocks of 1, 2, 4 and 8 lanes.
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
   Vf t[kLanes];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 16
     for (int j = 0; j < 2; ++j) {
       const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
       r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
       r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 8) {
+#pragma GCC unroll 16
     for (int j = 0; j < 4; ++j) {
       t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
       t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xDD);
     }
   }
+#pragma GCC unroll 16
   for (int j = 0; j < 8; ++j) {
     r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
     r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xDD);

@@ -153,9 +153,11 @@ FASTATTN_FN Vf vload_f16(const uint16_t* p) { return vload_f16_first(p, kLanes);
 FASTATTN_FN void vstore_bf16_first(uint16_t* p, Vf x, int64_t n) {
   for (int64_t l = 0; l < kLanes && l < n; ++l) p[l] = float_to_bf16(x[l]);
 }
+FASTATTN_FN void vstore_bf16(uint16_t* p, Vf x) { vstore_bf16_first(p, x, kLanes); }
 FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
   for (int64_t l = 0; l < kLanes && l < n; ++l) p[l] = float_to_f16(x[l]);
 }
+FASTATTN_FN void vstore_f16(uint16_t* p, Vf x) { vstore_f16_first(p, x, kLanes); }
 
 // r[i] lane j <-> r[j] lane i.
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
