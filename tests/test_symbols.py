@@ -1,0 +1,219 @@
+"""What the compiled files contain: one wheel has to run on every x86-64 processor, every Python and every torch.
+
+The linker keeps one copy of a function that several files define weakly. Were it the copy of an AVX-512 file, the
+program would end with an illegal instruction on a lesser machine, so the files of the instruction sets must define
+nothing weak; and no other file may use more than the baseline.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "fastattn" / "_C_cpu.so"
+LEVELS = ("avx2", "avx512", "avx512_bf16")
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+
+
+def tool(*command: str | Path) -> str:
+    name = str(command[0])
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} (binutils) is not installed")
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+
+
+def sources(*groups: str) -> list[str]:
+    lines = (ROOT / "csrc" / "sources.txt").read_text(encoding="utf-8").splitlines()
+    return [line.split()[1] for line in lines if line.split() and line.split()[0] in groups]
+
+
+def isa_source(level: str) -> str:
+    return f"cpu/isa_{level}.cpp"
+
+
+BASELINE_CPU_SOURCES = [path for path in sources("cpu") if path not in map(isa_source, LEVELS)]
+
+
+def dependencies(source: str) -> set[Path]:
+    """The file and what of csrc/ it includes, directly or not."""
+    found: set[Path] = set()
+    pending = [ROOT / "csrc" / source]
+    while pending:
+        path = pending.pop()
+        if path not in found:
+            found.add(path)
+            included = re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+            pending += [ROOT / "csrc" / name for name in included]
+    return found
+
+
+def built_objects(source: str) -> list[Path]:
+    """The object files that setup.py and CMake made of a source, where they are up to date."""
+    stem = source.removesuffix(".cpp")
+    changed = max(path.stat().st_mtime for path in dependencies(source))
+    return [
+        path
+        for pattern in (f"build/**/{stem}.o", f"build/**/{source}.o")
+        for path in ROOT.glob(pattern)
+        # Instrumented code has symbols of its own.
+        if "sanitize" not in path.relative_to(ROOT).parts and path.stat().st_mtime >= changed
+    ]
+
+
+@functools.cache
+def compile_object(source: str) -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip(f"{source} has no object file that is up to date, and there is no compiler to make one")
+    target = Path(tempfile.mkdtemp(prefix="fastattn-symbols-")) / (Path(source).stem + ".o")
+    subprocess.run([compiler, *FLAGS, "-I", ROOT / "csrc", "-c", ROOT / "csrc" / source, "-o", target], check=True)
+    return target
+
+
+def objects(source: str) -> list[Path]:
+    return built_objects(source) or [compile_object(source)]
+
+
+@functools.cache
+def instructions(path: Path) -> list[tuple[str, str, str]]:
+    """(function, mnemonic, operands) of every instruction in an object file."""
+    function, found = "", []
+    for line in tool("objdump", "-d", "--no-show-raw-insn", "-w", path).splitlines():
+        if line.endswith(">:"):
+            function = line.split("<", 1)[1][:-2]
+        elif match := re.match(r"\s+[0-9a-f]+:\t(?:(?:rep[a-z]*|lock|bnd|notrack|data16|cs) )*(\S+)\s*(.*)", line):
+            found.append((function, match[1], match[2]))
+    assert found, f"objdump shows no instructions in {path}"
+    return found
+
+
+# Instructions beyond x86-64-v1 that do not begin with a v, as all of AVX's do. tzcnt is not among them: older
+# processors run it as bsf, and compilers use it so.
+BEYOND_BASELINE = re.compile(
+    r"popcnt|lzcnt|crc32|movbe|andn|bextr|blsi|blsmsk|blsr|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|lddqu|movddup|movshdup"
+    r"|movsldup|h?addsub\w+|haddp[sd]|hsubp[sd]|phadd\w+|phsub\w+|pabs[bwd]|palignr|pshufb|psign[bwd]|pmaddubsw|pmulhrsw"
+    r"|blendv?p[sd]|pblend\w+|dpp[sd]|extractps|insertps|mpsadbw|packusdw|pcmpeqq|pcmpgtq|pextr[bdq]|pinsr[bdq]|pmaxs[bd]"
+    r"|pmaxu[wd]|pmins[bd]|pminu[wd]|pmovsx\w+|pmovzx\w+|pmuldq|pmulld|ptest|round[ps][sd]|pcmp[ei]str[im]|cmpxchg16b"
+)
+
+
+def is_vector_extension(mnemonic: str) -> bool:
+    return mnemonic.startswith("v") and mnemonic not in ("verr", "verw")
+
+
+@pytest.mark.parametrize("level", ["baseline", *LEVELS])
+def test_a_level_defines_its_table_and_nothing_weak(level: str) -> None:
+    for path in objects(isa_source(level)):
+        defined = [line.split() for line in tool("nm", "--defined-only", path).splitlines()]
+        weak = [name for _, kind, name in defined if kind in "WwVvu"]
+        assert not weak, f"{path} defines weak symbols: {weak}"
+        visible = [name for _, kind, name in defined if kind.isupper()]
+        assert visible == [f"_ZN8fastattn3cpu{len(level)}{level}7kernelsE"], path
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_needs_only_plain_c_functions(level: str) -> None:
+    """Anything of the C++ library would bring inline functions along; memcpy and the like choose for themselves."""
+    allowed = {"memcpy", "memset", "memmove", "expf", "logf", "exp", "log", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
+    for path in objects(isa_source(level)):
+        needed = {line.split()[-1] for line in tool("nm", "--undefined-only", path).splitlines()}
+        assert needed <= allowed, path
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_runs_nothing_when_the_library_is_loaded(level: str) -> None:
+    for path in objects(isa_source(level)):
+        sections = tool("readelf", "--wide", "--sections", path)
+        assert ".text" in sections, path
+        assert not re.search(r"\.(init_array|ctors|init)\b", sections), path
+
+
+def assert_baseline(path: Path) -> None:
+    for function, mnemonic, operands in instructions(path):
+        is_beyond = is_vector_extension(mnemonic) or BEYOND_BASELINE.fullmatch(mnemonic) or "%ymm" in operands
+        assert not is_beyond, f"{path}: {function} has {mnemonic} {operands}"
+
+
+@pytest.mark.parametrize("source", BASELINE_CPU_SOURCES)
+def test_other_files_stay_within_the_baseline(source: str) -> None:
+    for path in objects(source):
+        assert_baseline(path)
+
+
+@pytest.mark.parametrize("source", sources("torch"))
+def test_the_binding_stays_within_the_baseline(source: str) -> None:
+    built = built_objects(source)
+    if not built:
+        pytest.skip("setup.py's object file is not there or not up to date")
+    for path in built:
+        assert_baseline(path)
+
+
+@pytest.mark.parametrize(
+    ("level", "uses", "beyond"),
+    [
+        # Registers 16 to 31, masks and zmm are AVX-512's.
+        ("avx2", r"vfmadd\w+ .*%ymm|vcvtph2ps .*%ymm", r".*(%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01]))"),
+        ("avx512", r"vfmadd\w+ .*%zmm", r"(vdpbf16ps|vcvtne\w*bf16|vp2intersect|vpdpbusd|vpopcnt|vpcompressw|\w+ph) "),
+        ("avx512_bf16", r"vdpbf16ps .*%zmm", r"(vp2intersect|vpdpbusd|vpopcnt|vpcompressw|\w+ph) "),
+    ],
+    ids=LEVELS,
+)
+def test_a_level_stays_within_itself(level: str, uses: str, beyond: str) -> None:
+    for path in objects(isa_source(level)):
+        lines = [f"{mnemonic} {operands}" for _, mnemonic, operands in instructions(path)]
+        assert any(re.match(uses, line) for line in lines), f"{path} does not use what it is for"
+        excess = [line for line in lines if re.match(beyond, line) and not line.startswith("vcvtps2ph")]
+        assert not excess, f"{path}: {excess[:5]}"
+
+
+# ---- The shipped library --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if not LIBRARY.exists():
+        pytest.skip("fastattn/_C_cpu.so is not built")
+    return LIBRARY
+
+
+def dynamic_symbols(library: Path, kind: str) -> list[str]:
+    lines = tool("nm", "--dynamic", kind, library).splitlines()
+    return [line.split()[-1].split("@")[0] for line in lines]
+
+
+def test_the_library_needs_neither_python_nor_openmp(library: Path) -> None:
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "--dynamic", library))
+    assert needed
+    unwanted = re.compile(r"libtorch_python|libpython|libg?omp|libiomp|libtbb|libmkl")
+    assert not [name for name in needed if unwanted.match(name)]
+    assert not re.search(r"\((RPATH|RUNPATH)\)", tool("readelf", "--dynamic", library))
+
+
+def test_the_library_uses_only_the_stable_interface_of_torch(library: Path) -> None:
+    undefined = dynamic_symbols(library, "--undefined-only")
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
+    unstable = re.compile(r"_ZNK?(2at|3c10|5torch)|_ZT[IVS]N(2at|3c10|5torch)|Py|_Py|GOMP_|omp_|__kmpc")
+    assert not [name for name in undefined if unstable.match(name)]
+
+
+def test_the_library_exports_nothing_of_its_own(library: Path) -> None:
+    """Not even the type names of the C++ library would matter; our functions could clash with another build of us."""
+    exported = dynamic_symbols(library, "--defined-only")
+    assert not [name for name in exported if "fastattn" in name or name.startswith("PyInit")]
+
+
+def test_the_library_asks_for_no_executable_stack(library: Path) -> None:
+    (stack,) = re.findall(r"GNU_STACK.*", tool("readelf", "--wide", "--program-headers", library))
+    assert "RWE" not in stack
