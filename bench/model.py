@@ -11,14 +11,14 @@ from typing import Any
 
 from bench.machine import ROOT
 
-EXAMPLE = ROOT / "examples" / "train_vit_digits.py"
+EXAMPLE = "examples.train_vit_digits"
 
 
 def train_model(*, threads: int, plot: Path | None, smoke: bool) -> dict[str, Any]:
     """What the example writes as JSON; its table and its progress bar go to the terminal. Raises where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, str(EXAMPLE), f"--threads={threads}", f"--json={result}"]
+        command = [sys.executable, "-m", EXAMPLE, f"--threads={threads}", f"--json={result}"]
         command.append(f"--plot={plot}" if plot else "--no-plot")
         if smoke:
             command.append("--smoke")

@@ -62,15 +62,24 @@ def _label(row: Row) -> str:
     return "  ".join(parts)
 
 
-def _headline(figure: Any, title: str, machine: Machine, top: float) -> None:
-    figure.suptitle(title, x=0.012, y=0.995, ha="left", va="top", fontsize=15, fontweight="bold")
-    figure.text(0.012, top, "\n".join(machine.lines()), ha="left", va="top", fontsize=8, color="#5b6470")
+HEAD_INCHES = 0.95  # for title, machine and legend
+
+
+def _headline(figure: Any, title: str, machine: Machine, handles: list[Any]) -> None:
+    """Title and machine at the top left, the legend at the top right; the axes fill the rest."""
+    height = figure.get_size_inches()[1]
+    figure.text(0.012, 1 - 0.14 / height, title, ha="left", va="top", fontsize=15, fontweight="bold")
+    lines = "\n".join(machine.lines())
+    figure.text(0.012, 1 - 0.48 / height, lines, ha="left", va="top", fontsize=8, color="#5b6470")
+    corner = (0.995, 1 - 0.06 / height)
+    figure.legend(handles=handles, loc="upper right", bbox_to_anchor=corner, ncols=len(handles), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - HEAD_INCHES / height))
 
 
 def plot_rows(path: Path, rows: Sequence[Row], machine: Machine) -> None:
     """Left: how many times faster than SDPA (log scale). Right: % of the measured peak, SDPA's as a diamond."""
     with plt.rc_context(STYLE):
-        height = 2.1 + 0.31 * len(rows)
+        height = HEAD_INCHES + 0.75 + 0.31 * len(rows)
         figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(12.5, height), width_ratios=(1.35, 1))
         y = list(range(len(rows)))
         colors = [COLORS[row.job.dtype] for row in rows]
@@ -110,15 +119,12 @@ def plot_rows(path: Path, rows: Sequence[Row], machine: Machine) -> None:
         dtypes = [dtype for dtype in COLORS if any(row.job.dtype == dtype for row in rows)]
         handles: list[Any] = [Patch(color=COLORS[dtype], label=SHORT[dtype]) for dtype in dtypes]
         handles.append(Line2D([], [], marker="D", linestyle="", color=INK, markersize=5, label="SDPA's share of peak"))
-        top = 1 - 0.34 / height
-        _headline(figure, "fastattn against PyTorch SDPA", machine, top)
-        figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.99, 1.0), ncols=len(handles), frameon=False)
-        figure.tight_layout(rect=(0, 0, 1, 1 - 0.78 / height))
+        _headline(figure, "fastattn against PyTorch SDPA", machine, handles)
         _save(figure, path)
 
 
-def plot_sweep(path: Path, points: Sequence[Point], machine: Machine, counts_from_us: float) -> None:
-    """One dot for each shape: SDPA's time against the speed-up; below `counts_from_us` only overhead is left."""
+def plot_sweep(path: Path, points: Sequence[Point], machine: Machine) -> None:
+    """One dot for each shape: SDPA's time against the speed-up; hollow where only call overhead is left."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(11, 6.2))
         for point in points:
@@ -126,16 +132,16 @@ def plot_sweep(path: Path, points: Sequence[Point], machine: Machine, counts_fro
                 point.sdpa_us,
                 point.ratio,
                 s=22,
-                color=COLORS[point.job.dtype],
+                edgecolors=COLORS[point.job.dtype],
+                facecolors=COLORS[point.job.dtype] if point.counts else "none",
                 marker=MARKERS[point.job.direction],
                 alpha=0.75,
-                linewidths=0,
+                linewidths=0.8,
             )
         axes.set_xscale("log")
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         axes.axhline(1, color=INK, linewidth=1)
-        axes.axvline(counts_from_us, color=INK, linewidth=1, linestyle=":")
         axes.set_xlabel("time of PyTorch SDPA, µs")
         axes.set_ylabel("times faster than PyTorch SDPA")
         axes.grid(color=FAINT, linewidth=0.6, alpha=0.6)
@@ -145,9 +151,10 @@ def plot_sweep(path: Path, points: Sequence[Point], machine: Machine, counts_fro
             Line2D([], [], marker=MARKERS[direction], linestyle="", color=INK, label=label)
             for direction, label in (("forward", "forward"), ("step", "forward + backward"))
         ]
-        axes.legend(handles=handles, frameon=False, ncols=len(handles), loc="upper left", bbox_to_anchor=(0, 1.08))
-        _headline(figure, f"{len(points)} shapes against PyTorch SDPA", machine, 0.945)
-        figure.tight_layout(rect=(0, 0, 1, 0.9))
+        if not all(point.counts for point in points):
+            label = "hollow: call overhead"
+            handles.append(Line2D([], [], marker="o", linestyle="", color=INK, fillstyle="none", label=label))
+        _headline(figure, f"{len(points)} shapes against PyTorch SDPA", machine, handles)
         _save(figure, path)
 
 

@@ -104,7 +104,7 @@ class Run:
         print(sweep.sweep_report(result))
         self.sections["sweep"] = result.as_dict()
         if result.right():
-            plot.plot_sweep(path, result.right(), self.machine, sweep.COUNTS_FROM_US)
+            plot.plot_sweep(path, result.right(), self.machine)
             self.plots.append(path)
 
     def judge_targets(self) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 SHORT_CALL_S = 200e-6  # below this, several calls make one sample: the clock and its own call take about 0.1 us
 SAMPLE_S = 500e-6
+LONG_CALL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times the runners in turns A B C A B C ..., each for an equal slot of the budget and at least `min_rounds` calls.
 
-    A runner whose single call takes longer than the whole budget has one turn only.
+    A runner whose single call takes longer than the whole budget, and long by any measure, has one turn only.
     """
     with without_garbage_collection():
         estimates = {runner.name: _estimate(runner) for runner in runners}
@@ -101,7 +102,7 @@ def interleave(
         samples: dict[str, list[float]] = {runner.name: [] for runner in runners}
         for turn in range(turns):
             for runner in runners:
-                if turn and estimates[runner.name] > budget_s:
+                if turn and estimates[runner.name] > max(budget_s, LONG_CALL_S):
                     continue
                 if on_turn:
                     on_turn(runner.name)

@@ -1,6 +1,7 @@
 """Train a small vision transformer on scikit-learn's handwritten digits, with PyTorch's attention and with fastattn.
 
-    python examples/train_vit_digits.py
+    python examples/train_vit_digits.py       with fastattn installed
+    python -m examples.train_vit_digits       from a checkout's root, after `make build`
 
 Two models start from the same weights and see the same batches, step by step in turns, so that a machine that drifts
 slows both alike. One calls torch.nn.functional.scaled_dot_product_attention as it is, the other under
