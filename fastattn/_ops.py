@@ -71,13 +71,33 @@ def _empty_rows_like(like: Tensor, B: int, H: int, L: int, D: int) -> Tensor:
     return like.new_empty((B, H, L, D))
 
 
-def _check_fake(tensors: dict[str, Tensor | None]) -> None:
-    """What the kernels check, as far as a tensor without data shows it and its absence would go unnoticed."""
+def _check_fake(tensors: dict[str, Tensor | None], settings: tuple[Any, ...]) -> None:
+    """Refuses what attention_forward would refuse, for tensors that have a shape and no data.
+
+    The operator's own checks look at real tensors of the same shapes and dtypes, each of which is one number in memory.
+    A dimension that is symbolic counts with the size that it has now.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
     q = tensors["q"]
-    assert q is not None
+    stand_ins: dict[str, Tensor | None] = {}
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != q.device:
-            raise _errors.wrong_device(name, tensor, q)
+        if tensor is None:
+            stand_ins[name] = None
+            continue
+        if name != "rng_state" and tensor.device != q.device:  # type: ignore[union-attr]
+            raise _errors.wrong_device(name, tensor, q)  # type: ignore[arg-type]
+        shape: tuple[Any, ...] = tuple(tensor.shape)
+        sizes: Any = [n if isinstance(n, int) else n.node.hint if n.node.has_hint() else None for n in shape]
+        if None in sizes:
+            return
+        with _disable_current_modes():
+            stand_ins[name] = torch.zeros((), dtype=tensor.dtype).expand(sizes)
+    try:
+        with _disable_current_modes():
+            torch.ops.fastattn._check_attention(*stand_ins.values(), *settings)
+    except Exception as error:
+        raise _errors.explain(error, stand_ins, {}) from None
 
 
 @torch.library.register_fake("fastattn::attention_forward")
@@ -109,7 +129,9 @@ def _forward_fake(
             "alibi_slopes": alibi_slopes,
             "sinks": sinks,
             "kv_lengths": kv_lengths,
-        }
+            "rng_state": rng_state,
+        },
+        (causal, window_left, window_right, scale, softcap, dropout_p),
     )
     B, Hq, Lq, _ = q.shape
     o = _empty_rows_like(q, B, Hq, Lq, v.shape[3])

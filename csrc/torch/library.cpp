@@ -39,6 +39,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return fastattn::attention_backward({arguments, d_o, d_lse, o, stats, need_d_bias, need_d_sinks});
 }
 
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
+                     const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                     const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
+                     int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap,
+                     double dropout_p) {
+  fastattn::check_attention({q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, causal, window_left,
+                             window_right, scale, softcap, dropout_p});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastattn, m) {
@@ -53,6 +62,11 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lengths, Tensor? rng_state, "
       "int causal, int window_left, int window_right, float? scale, float softcap, float dropout_p, "
       "bool need_d_bias, bool need_d_sinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias, Tensor d_sinks)");
+  m.def(
+      "_check_attention("
+      "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor? kv_lengths, Tensor? rng_state, int causal, int window_left, int window_right, float? scale, "
+      "float softcap, float dropout_p) -> ()");
   m.def("dropout_mask(Tensor rng_state, int B, int H, int Lq, int Lk, float p) -> Tensor");
   m.def("_set_isa(str name) -> ()");
   m.def("_isa() -> str");
@@ -64,6 +78,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("_check_attention", TORCH_BOX(&check_attention));
   m.impl("dropout_mask", TORCH_BOX(&fastattn::dropout_mask));
 }
 
