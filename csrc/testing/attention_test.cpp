@@ -499,7 +499,7 @@ void check_case(const Case& c, unsigned seed) {
   Inputs<double> wide = to_float64(c, in);
   Results<double> expected = run(c, wide, fastattn::cpu::serial());
   Results<double> threaded = run(c, wide, fastattn::testing::threads(3));
-  const std::string plain_label = "float64 " + c.name();
+  const std::string plain_label = std::string(Traits<double>::name) + " " + c.name();
   CHECK(same_bits(expected.o, threaded.o) && same_bits(expected.dq, threaded.dq) &&
             same_bits(expected.dk, threaded.dk) && same_bits(expected.dv, threaded.dv) &&
             same_bits(expected.d_bias, threaded.d_bias) && same_bits(expected.d_sinks, threaded.d_sinks),
