@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bench.sweep import Point
 
 COLORS = {"float32": "#3b6fb6", "bfloat16": "#d9772b", "float16": "#3f9a6b"}
-ALPHA = {"forward": 1.0, "backward": 0.72, "step": 0.5}
+ALPHA = {"forward": 1.0, "backward": 0.75, "step": 0.6}
 MARKERS = {"forward": "o", "step": "s", "backward": "s"}
 INK, FAINT = "#22262b", "#c9ced6"
 
@@ -100,15 +100,25 @@ def plot_rows(path: Path, rows: Sequence[Row], machine: Machine) -> None:
         left.set_xlabel("times faster than PyTorch SDPA")
         left.set_yticks(y, [_label(row) for row in rows])
         left.tick_params(axis="y", length=0)
-        left.invert_yaxis()
+        left.set_ylim(len(rows) - 0.4, -0.6)
 
         for position, row, color, alpha in zip(y, rows, colors, alphas, strict=True):
             share = row.percent_of_peak()
             right.barh(position, share, height=0.68, color=color, alpha=alpha)
-            right.annotate(f"{share:.0f}%", (share, position), (4, 0), textcoords="offset points", va="center")
+            inside = share > 20
+            right.annotate(
+                f"{share:.0f}%",
+                (share, position),
+                (-4 if inside else 4, 0),
+                textcoords="offset points",
+                va="center",
+                ha="right" if inside else "left",
+                color="white" if inside else INK,
+                fontweight="bold",
+            )
             if BASELINE in row.timings:
                 right.plot(row.percent_of_peak(BASELINE), position, marker="D", markersize=5, color=INK, zorder=3)
-        right.set_xlim(0, 108)
+        right.set_xlim(0, 104)
         right.axvline(100, color=INK, linewidth=1)
         right.set_xlabel("% of the multiply-add peak measured beside each case")
         right.tick_params(axis="y", length=0)

@@ -30,7 +30,15 @@ def load(name: str) -> ModuleType:
 @pytest.mark.slow
 def test_train_vit_digits(tmp_path: Path) -> None:
     out, plot = tmp_path / "result.json", tmp_path / "plots" / "digits.png"
-    command = [sys.executable, "-m", "examples.train_vit_digits", "--smoke", f"--json={out}", f"--plot={plot}"]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.train_vit_digits",
+        "--smoke",
+        "--threads=1",
+        f"--json={out}",
+        f"--plot={plot}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Largest difference of the loss curves" in done.stdout
