@@ -22,7 +22,7 @@ def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) 
     Args:
         error: What came out of the operator.
         tensors: The tensor arguments by name, q first. None stands for one that was not passed.
-        numbers: The arguments that must be real numbers (or None), by name.
+        numbers: The arguments that must be real numbers, by name; all but dropout_p may be None.
 
     Returns:
         A ValueError or TypeError whose text starts with "fastattn: ", or ``error`` itself when nothing is known of it.
@@ -60,7 +60,9 @@ def _wrong_kind(tensors: dict[str, Any]) -> Exception | None:
 
 def _wrong_number(numbers: dict[str, Any]) -> Exception | None:
     for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is None and name != "dropout_p":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return TypeError(f"fastattn: {name} is a {type(value).__name__}; it must be a float.")
     return None
 
