@@ -147,8 +147,9 @@ def _flash_backward(
         raise _NotServed
     bias = _bias(attn_mask, query)
     causal = int(is_causal)
-    # exp(s - m) / l with m = lse and l = 1.
-    stats = torch.stack((logsumexp, torch.ones_like(logsumexp)))
+    # Probabilities are exp(s - m) / l, for any m and l with m + log(l) = lse. Not l = 1, though: from that the kernel
+    # concludes that one key has all the weight.
+    stats = torch.stack((logsumexp - math.log(2.0), torch.full_like(logsumexp, 2.0)))
     if logsumexp.numel() > 0 and not logsumexp.abs().amax().item() <= _LSE_BOUND:
         _, _, stats = _attend(query, key, value, bias, None, causal, scale, True)
     try:
