@@ -168,7 +168,11 @@ def run(options: argparse.Namespace) -> int:
     if not jobs and options.suite != "targets":
         print("no case matches; --list prints their names", file=sys.stderr)
         return 2
-    run = Run(options)
+    try:
+        run = Run(options)
+    except (ValueError, RuntimeError) as failure:  # an instruction set or a peer that does not exist
+        print(failure, file=sys.stderr)
+        return 2
     print("\n".join(run.machine.lines()), end="\n\n", flush=True)
     if options.suite == "targets":
         run.judge_targets()

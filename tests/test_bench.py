@@ -276,6 +276,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_line_rejects_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--case", "no such case"]) == 2
     assert "no case matches" in capsys.readouterr().err
+    assert main(["--peers", "sdap"]) == 2
+    assert "unknown peers sdap" in capsys.readouterr().err
+    assert main(["--isa", "sse9"]) == 2
+    assert "sse9" in capsys.readouterr().err
     for arguments in (["--threads", "0"], ["--dtype", "float8"], ["--suite", "all"]):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
