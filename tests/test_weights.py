@@ -123,7 +123,9 @@ def test_merge_equals_attention_over_all_keys(dtype: torch.dtype, sizes: list[in
         assert o.dtype == dtype
         assert lse.dtype == expected_lse.dtype
         torch.testing.assert_close(o, expected, atol=tolerance, rtol=tolerance)
-        torch.testing.assert_close(lse, expected_lse)
+        # The bfloat16 kernel takes exponentials, and with them its lse, to 16 bits and a few more.
+        close = {"atol": 2e-4, "rtol": 0.0} if dtype.itemsize == 2 else {}
+        torch.testing.assert_close(lse, expected_lse, **close)
 
 
 def test_merge_of_rows_without_a_key() -> None:
