@@ -33,6 +33,7 @@ struct BackwardScratch {
   float* row_max;                // [kSuperRows] each; 0 for rows that see nothing,
   float* inverse_sum;            // and 0
   float* delta;
+  bool* is_saturated;            // [kSuperRows]: one key has all of the row's weight
   // Per chunk of keys:
   float* dk;                     // [chunk keys + kRowPad][padded D]
   float* dv;
@@ -72,6 +73,7 @@ inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t c
   s.row_max = arena.take<float>(kSuperRows);
   s.inverse_sum = arena.take<float>(kSuperRows);
   s.delta = arena.take<float>(kSuperRows);
+  s.is_saturated = arena.take<bool>(kSuperRows);
   s.dk = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.D));
   s.dv = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.Dv));
   s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
@@ -235,8 +237,9 @@ struct AccumulateRows {
   TileUnits<Operands, false> span;
   template <int NV>
   inline void run(int v0) const {
-    gemm_column_major_accumulate<typename Operands::Unit, NV>(a, a_stride, rows, b.data + v0 * kLanes * 4,
-                                                              b.stride_bytes, c + v0 * kLanes, c_stride, span);
+    gemm_column_major<typename Operands::Unit, NV, Init::kAccumulate>(
+        a, a_stride, rows, round_up(rows, kColumnRows), b.data + v0 * kLanes * 4, b.stride_bytes, c + v0 * kLanes,
+        c_stride, nullptr, span);
   }
 };
 
@@ -289,6 +292,16 @@ inline float dot_rows(const typename Element::Raw* a, const typename Element::Ra
   return vreduce_add(sum);
 }
 
+// Takes rows with a single weight of 1 out of dO^T, so that their dP is 0, as their delta is. Without it the rounding of o
+// to 16 bits would leave a gradient where there is none, as for every row when Lk = 1.
+template <class Operands>
+inline void clear_saturated_rows(float* d_ot, const bool* is_saturated, int64_t rows, int64_t Dv) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!is_saturated[r]) continue;
+    for (int64_t unit = 0; unit < Operands::units(Dv); ++unit) d_ot[unit * kBlockRows + r] = 0.0f;
+  }
+}
+
 // Row statistics of rows [i0, i1), by super-block position; rows up to the next multiple of kBlockRows weigh nothing.
 // Returns this stretch's part of the sink's gradient.
 template <class Operands>
@@ -308,10 +321,15 @@ inline float prepare_statistics(const AttentionGradParams& gp, int64_t b, int64_
     const bool is_empty = row_sum[i] == 0.0f;
     scratch.row_max[at] = is_empty ? 0.0f : row_max[i];
     scratch.inverse_sum[at] = is_empty ? 0.0f : 1.0f / row_sum[i];
+    scratch.is_saturated[at] = row_sum[i] == 1.0f;
     float delta = 0.0f;
     if (!is_empty) {
-      delta = dot_rows<typename Operands::Element>(row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i),
-                                                   row_at<const Raw>(p.o, p.o_stride, b, hq, i), p.Dv);
+      // Where one key has all the weight, dP - delta is 0 but for rounding, which o's may make large: see
+      // clear_saturated_rows.
+      if (!scratch.is_saturated[at]) {
+        delta = dot_rows<typename Operands::Element>(row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i),
+                                                     row_at<const Raw>(p.o, p.o_stride, b, hq, i), p.Dv);
+      }
       if (d_lse != nullptr) delta -= d_lse[i];
       if (has_sinks) d_sink -= __builtin_expf(sink - row_max[i]) * scratch.inverse_sum[at] * delta;
     }
@@ -356,7 +374,6 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
                                  int64_t hkv, int64_t super_i0, int64_t super_i1, int64_t j0, int64_t j1, float* dq,
                                  const BackwardScratch& scratch) {
   using Raw = typename Operands::Raw;
-  using Unit = typename Operands::Unit;
   const AttentionParams& p = gp.forward;
   const float scale = static_cast<float>(p.scale);
   const float rest_scale = Operands::kPairs ? scale : 1.0f;
@@ -373,6 +390,7 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
     const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i0);
     Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, scale);
     Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
+    clear_saturated_rows<Operands>(scratch.d_ot[block], scratch.is_saturated + block * kBlockRows, rows, p.Dv);
     q_rows[block] = Operands::vector_rows(scratch.q_rows[block], q, p.q_stride[2], rows, p.D);
     d_o_rows[block] = Operands::vector_rows(scratch.d_o_rows[block], d_o, gp.d_o_stride[2], rows, p.Dv);
   }

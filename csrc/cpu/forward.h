@@ -105,13 +105,13 @@ struct ForwardPanel {
 
     float* ot = scratch.ot + v0 * kLanes;
     const char* pt = reinterpret_cast<const char*>(s);
-    const int64_t contraction = Operands::units(nk);
+    const auto all_keys = [&](int64_t, int64_t) { return UnitSpan{0, Operands::units(nk)}; };
     if (is_first) {
-      gemm_column_major<Unit, NV, Init::kZero>(v.data, v.stride_bytes, v_rows, pt, kRow, contraction, ot, kBlockRows,
-                                               nullptr);
+      gemm_column_major<Unit, NV, Init::kZero>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kBlockRows, nullptr,
+                                               all_keys);
     } else {
-      gemm_column_major<Unit, NV, Init::kScaleByLane>(v.data, v.stride_bytes, v_rows, pt, kRow, contraction, ot,
-                                                      kBlockRows, scratch.rescale + v0 * kLanes);
+      gemm_column_major<Unit, NV, Init::kScaleByLane>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kBlockRows,
+                                                      scratch.rescale + v0 * kLanes, all_keys);
     }
   }
 

@@ -50,10 +50,11 @@ FASTATTN_FN constexpr int row_major_rows(int vectors) {
   if (kPanelVectors == 2) return vectors == 1 ? 8 : 6;
   return vectors == 1 || vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
 }
-// Column-major A comes in rows that divide kColumnRows, so that padded operands serve all of them.
+// Column-major A has a multiple of kColumnRows rows, so that padded operands serve all kernels. Six rows leave a rest of
+// four or two, for which there are kernels too.
 constexpr int kColumnRows = 8;
 FASTATTN_FN constexpr int column_major_rows(int vectors) {
-  if (kPanelVectors == 2) return vectors == 1 ? 8 : 4;
+  if (kPanelVectors == 2) return vectors == 1 ? 8 : 6;
   return vectors <= 2 ? 8 : 4;
 }
 
@@ -144,28 +145,26 @@ FASTATTN_FN void gemm_row_major_accumulate(const char* a, int64_t a_stride, int6
   }
 }
 
-// All `rows` rows of column-major A. A and C are padded to a multiple of column_major_rows(NV) rows.
-template <class Unit, int NV, Init kInit>
-FASTATTN_FN void gemm_column_major(const char* a, int64_t a_stride, int64_t rows, const char* b, int64_t b_stride,
-                                   int64_t n, float* c, int64_t c_stride, const float* lane_scale) {
-  constexpr int R = column_major_rows(NV);
-  for (int64_t r = 0; r < rows; r += R) {
-    gemm_rows<Unit, kColumnMajorA, R, NV, kInit>(a + r * 4, a_stride, b, b_stride, n, c + r * c_stride, c_stride,
-                                                 lane_scale);
-  }
-}
-
-// The same, C += product over the units that span(first_row, row_count) gives.
-template <class Unit, int NV, class Span>
-FASTATTN_FN void gemm_column_major_accumulate(const char* a, int64_t a_stride, int64_t rows, const char* b,
-                                              int64_t b_stride, float* c, int64_t c_stride, const Span& span) {
-  constexpr int R = column_major_rows(NV);
-  for (int64_t r = 0; r < rows; r += R) {
+// All `rows` rows of column-major A over the units that span(first_row, row_count) gives for each group. A and C have
+// padded_rows rows, a multiple of kColumnRows.
+template <class Unit, int NV, Init kInit, int R = column_major_rows(NV), class Span>
+FASTATTN_FN void gemm_column_major(const char* a, int64_t a_stride, int64_t rows, int64_t padded_rows, const char* b,
+                                   int64_t b_stride, float* c, int64_t c_stride, const float* lane_scale,
+                                   const Span& span) {
+  int64_t r = 0;
+  for (; r < rows && r + R <= padded_rows; r += R) {
     const UnitSpan units = span(r, r + R < rows ? R : rows - r);
-    if (units.begin >= units.end) continue;
-    gemm_rows<Unit, kColumnMajorA, R, NV, Init::kAccumulate>(a + r * 4 + units.begin * a_stride, a_stride,
-                                                             b + units.begin * b_stride, b_stride,
-                                                             units.end - units.begin, c + r * c_stride, c_stride);
+    if (kInit == Init::kAccumulate && units.begin >= units.end) continue;
+    gemm_rows<Unit, kColumnMajorA, R, NV, kInit>(a + r * 4 + units.begin * a_stride, a_stride,
+                                                 b + units.begin * b_stride, b_stride, units.end - units.begin,
+                                                 c + r * c_stride, c_stride, lane_scale);
+  }
+  if constexpr (kColumnRows % column_major_rows(NV) != 0 && R > 2) {
+    if (r < rows) {
+      const auto rest = [&](int64_t first, int64_t count) { return span(r + first, count); };
+      gemm_column_major<Unit, NV, kInit, R - 2>(a + r * 4, a_stride, rows - r, padded_rows - r, b, b_stride,
+                                                c + r * c_stride, c_stride, lane_scale, rest);
+    }
   }
 }
 

@@ -29,12 +29,11 @@ FASTATTN_FN Vf vdiv(Vf a, Vf b) { return _mm256_div_ps(a, b); }
 FASTATTN_FN Vf vfma(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
 FASTATTN_FN Vf vmax(Vf a, Vf b) { return _mm256_max_ps(a, b); }
 FASTATTN_FN Vf vmin(Vf a, Vf b) { return _mm256_min_ps(a, b); }
-FASTATTN_FN Vf vround(Vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FASTATTN_FN Vf vabs(Vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-FASTATTN_FN Vf vscale_exp2(Vf a, Vf n) {
-  // n is an integer in [-127, 127]; 127 + n = 0 is the bit pattern of 0, which is what 2^-127 is taken to be.
-  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted, Vf t) {
+  const __m256 is_normal = _mm256_cmp_ps(t, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+  return _mm256_and_ps(is_normal, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), n)));
 }
 FASTATTN_FN float vreduce_add(Vf a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -34,9 +34,12 @@ FASTATTN_FN Vf vdiv(Vf a, Vf b) { return _mm512_div_ps(a, b); }
 FASTATTN_FN Vf vfma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
 FASTATTN_FN Vf vmax(Vf a, Vf b) { return _mm512_max_ps(a, b); }
 FASTATTN_FN Vf vmin(Vf a, Vf b) { return _mm512_min_ps(a, b); }
-FASTATTN_FN Vf vround(Vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FASTATTN_FN Vf vabs(Vf a) { return _mm512_abs_ps(a); }
-FASTATTN_FN Vf vscale_exp2(Vf a, Vf n) { return _mm512_scalef_ps(a, n); }
+FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted, Vf t) {
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(is_normal, _mm512_castps_si512(y), n));
+}
 FASTATTN_FN float vreduce_add(Vf a) { return _mm512_reduce_add_ps(a); }
 FASTATTN_FN float vreduce_max(Vf a) { return _mm512_reduce_max_ps(a); }
 

@@ -46,10 +46,6 @@ FASTATTN_FN Vf vmax(Vf a, Vf b) { return vselect(a > b, a, b); }
 FASTATTN_FN Vf vmin(Vf a, Vf b) { return vselect(a < b, a, b); }
 FASTATTN_FN Vf vabs(Vf a) { return (Vf)((Vi)a & Vi{0x7FFFFFFFu, 0x7FFFFFFFu, 0x7FFFFFFFu, 0x7FFFFFFFu}); }
 
-FASTATTN_FN Vf vround(Vf a) {  // to the nearest integer, ties to even, for |a| < 2^22: 1.5 * 2^23 pushes the fraction out
-  const Vf magic = vset(12582912.0f);
-  return (a + magic) - magic;
-}
 FASTATTN_FN Vi viset(uint32_t x) { return Vi{x, x, x, x}; }
 FASTATTN_FN Vi viota() { return Vi{0, 1, 2, 3}; }  // lane numbers
 FASTATTN_FN Vi viadd(Vi a, Vi b) { return a + b; }
@@ -65,10 +61,10 @@ FASTATTN_FN void vistore(uint32_t* p, Vi x) { memcpy(p, &x, sizeof x); }
 FASTATTN_FN Vf vbits_as_float(Vi a) { return (Vf)a; }
 FASTATTN_FN Vi vbits_as_int(Vf a) { return (Vi)a; }
 
-// a * 2^n for integers n in [-127, 127], where 2^-127 counts as 0.
-FASTATTN_FN Vf vscale_exp2(Vf a, Vf n) {
-  const Vi biased = (Vi)__builtin_convertvector(n, Vm) + viset(127);
-  return a * (Vf)(biased << 23);
+// y * 2^n, where the low bits of `shifted` hold n, and 0 where t < -126; y is near 1, and n at most 127.
+FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted, Vf t) {
+  const Vm is_tiny = t < vset(-126.0f);
+  return (Vf)(((Vi)y + ((Vi)shifted << 23)) & ~(Vi)is_tiny);
 }
 
 FASTATTN_FN float vreduce_add(Vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
