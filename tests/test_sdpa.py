@@ -317,7 +317,7 @@ def test_gradcheck() -> None:
     query, key, value = (randn(1, 2, n, 3, dtype=torch.float64).requires_grad_() for n in (3, 4, 4))
     mask = randn(2, 1, 4, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda *x: sdpa(*x, is_causal=True), (query, key, value, mask))
-    assert torch.autograd.gradgradcheck(sdpa, (query, key, value, mask))
+    assert torch.autograd.gradgradcheck(sdpa, (query, key, value, mask), fast_mode=True)
     flat = [x[0].detach().requires_grad_() for x in (query, key[:, :1], value[:, :1])]
     assert torch.autograd.gradcheck(sdpa, flat)
 
