@@ -110,7 +110,9 @@ def scaled_dot_product_attention(
         bias = mask = None
         if attn_mask is not None:
             rank = attn_mask.dim()
-            if rank < 4:
+            if rank == 2:
+                attn_mask = attn_mask.expand(1, 1, -1, -1)
+            elif rank < 4:
                 attn_mask = attn_mask.expand((1,) * (4 - rank) + attn_mask.shape)
             if attn_mask.dtype is torch.bool:
                 mask = attn_mask
@@ -160,6 +162,12 @@ def _explained(
     clean = _errors.explain(error, tensors, {"scale": scale, "dropout_p": dropout_p})
     if not str(clean).startswith("fastattn: "):
         return clean
+    if isinstance(attn_mask, Tensor) and "bias is torch." in str(clean):
+        return TypeError(
+            f"fastattn: attn_mask is {attn_mask.dtype} but query is {getattr(query, 'dtype', None)}; attn_mask must be "
+            "torch.bool, True where the query may see the key, or a tensor in query's dtype or torch.float32 that is "
+            "added to the scores: convert with attn_mask.to()."
+        )
     text = re.sub(r"\b(q|k|v|bias|mask)\b", lambda match: _SDPA_NAMES[match[0]], str(clean))
     return clean if text == str(clean) else type(clean)(text)
 
