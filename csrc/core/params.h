@@ -23,9 +23,9 @@ struct AttentionParams {
   DType dtype = DType::kFloat32;
   int64_t B = 0, Hq = 0, Hkv = 0, Lq = 0, Lk = 0, D = 0, Dv = 0;
 
-  const void* q = nullptr;  // [B, Hq, Lq, D]
-  const void* k = nullptr;  // [B, Hkv, Lk, D]
-  const void* v = nullptr;  // [B, Hkv, Lk, Dv]
+  const void* q = nullptr;                                       // [B, Hq, Lq, D]
+  const void* k = nullptr;                                       // [B, Hkv, Lk, D]
+  const void* v = nullptr;                                       // [B, Hkv, Lk, Dv]
   int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // batch, head, row
 
   double scale = 1.0;
@@ -33,7 +33,7 @@ struct AttentionParams {
 
   const void* bias = nullptr;  // [B, Hq, Lq, Lk], of bias_dtype: dtype or kFloat32 (kFloat64 with kFloat64)
   DType bias_dtype = DType::kFloat32;
-  int64_t bias_stride[4] = {};  // batch, head, query, key
+  int64_t bias_stride[4] = {};    // batch, head, query, key
   const uint8_t* mask = nullptr;  // [B, Hq, Lq, Lk], nonzero = keep
   int64_t mask_stride[4] = {};
   const void* alibi_slopes = nullptr;  // [B, Hq], accumulator type

@@ -10,12 +10,12 @@ namespace fastattn::cpu {
 enum class Isa : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 constexpr int kIsaCount = 4;
 
-const char* isa_name(Isa isa);                 // "baseline", "avx2", "avx512", "avx512_bf16"
+const char* isa_name(Isa isa);                   // "baseline", "avx2", "avx512", "avx512_bf16"
 bool isa_from_name(const char* name, Isa* isa);  // false: no such level
-bool isa_supported(Isa isa);                   // by this build, this processor and this operating system
-Isa best_isa();                                // the highest supported level
-Isa active_isa();                              // the level in use; best_isa() until set_active_isa is called
-void set_active_isa(Isa isa);                  // a supported level; not while a kernel runs
+bool isa_supported(Isa isa);                     // by this build, this processor and this operating system
+Isa best_isa();                                  // the highest supported level
+Isa active_isa();                                // the level in use; best_isa() until set_active_isa is called
+void set_active_isa(Isa isa);                    // a supported level; not while a kernel runs
 
 // o, and lse, row_max and row_sum where asked for. Throws std::bad_alloc when there is no memory for scratch.
 void attention_forward(const AttentionParams& params, const Parallel& parallel);

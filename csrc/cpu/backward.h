@@ -25,32 +25,32 @@ constexpr int64_t kSuperBlocks = kSuperRows / kBlockRows;
 
 struct BackwardScratch {
   // Per block of rows:
-  float* qt[kSuperBlocks];       // [D units][kBlockRows], Q^T, times the scale in float arithmetic
-  float* d_ot[kSuperBlocks];     // [Dv units][kBlockRows], dO^T
-  float* q_rows[kSuperBlocks];   // copies of Q and dO, where they are needed
+  float* qt[kSuperBlocks];      // Q^T by panels, times the scale in float arithmetic
+  float* d_ot[kSuperBlocks];    // dO^T by panels
+  float* q_rows[kSuperBlocks];  // copies of Q and dO, where they are needed
   float* d_o_rows[kSuperBlocks];
-  float* dq;                     // [kSuperRows][dq_columns]
-  float* row_max;                // [kSuperRows] each; 0 for rows that see nothing,
-  float* inverse_sum;            // and 0
+  float* dq;           // [kSuperRows][dq_columns]
+  float* row_max;      // [kSuperRows] each; 0 for rows that see nothing,
+  float* inverse_sum;  // and 0
   float* delta;
-  bool* is_saturated;            // [kSuperRows]: one key has all of the row's weight
+  bool* is_saturated;  // [kSuperRows]: one key has all of the row's weight
   // Per chunk of keys:
-  float* dk;                     // [chunk keys + kRowPad][padded D]
+  float* dk;  // [chunk keys + kRowPad][padded D]
   float* dv;
   // Per block of keys, or tile:
-  float* k;                      // copies of K and V as broadcast operands, of K as vector operand
+  float* k;  // copies of K and V as broadcast operands, of K as vector operand
   float* v;
   float* k_rows;
-  float* s;                      // [keys + kRowPad][kBlockRows]: scores, then weights
-  float* ds;                     // dP, then dS
-  uint16_t* s_half;              // bfloat16 arithmetic: weights and dS rounded, [key][row],
+  float* s;          // [keys + kRowPad][kBlockRows]: scores, then weights
+  float* ds;         // dP, then dS
+  uint16_t* s_half;  // bfloat16 arithmetic: weights and dS rounded, [key][row],
   uint16_t* ds_half;
-  uint32_t* ds_pairs;            // and dS in pairs of keys, [key / 2][row]
-  float* bias;                   // [keys][kBlockRows] each
+  uint32_t* ds_pairs;  // and dS in pairs of keys, [key / 2][row]
+  float* bias;         // [keys][kBlockRows] each
   float* dropout;
   float* tanh;
   float* d_bias;
-  uint64_t* keep;                // [keys]
+  uint64_t* keep;  // [keys]
 };
 
 FASTATTN_FN int64_t dq_columns(const AttentionParams& p) { return round_up(p.D, 2 * kLanes); }
@@ -64,8 +64,8 @@ inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t c
   Arena arena{memory};
   BackwardScratch s{};
   for (int64_t i = 0; i < blocks; ++i) {
-    s.qt[i] = arena.take<float>(round_up(p.D, kLanes) * kBlockRows);
-    s.d_ot[i] = arena.take<float>(round_up(p.Dv, kLanes) * kBlockRows);
+    s.qt[i] = arena.take<float>(Operands::transposed_columns(p.D) * kBlockRows);
+    s.d_ot[i] = arena.take<float>(Operands::transposed_columns(p.Dv) * kBlockRows);
     s.q_rows[i] = arena.take<float>(Operands::copy_floats(kBlockRows, p.D));
     s.d_o_rows[i] = arena.take<float>(Operands::copy_floats(kBlockRows, p.Dv));
   }
@@ -108,20 +108,20 @@ struct BackwardPanel {
   template <int NV>
   inline void run(int v0) const {
     using Unit = typename Operands::Unit;
-    constexpr int64_t kRow = kBlockRows * 4;
+    constexpr int64_t kRow = kPanelRows * 4;
     const int64_t lane0 = v0 * kLanes;
     const int64_t first = first_key * kBlockRows + lane0;
     const int64_t rows = max_i64(nk, row_major_rows(NV));
-    gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows,
-                                    reinterpret_cast<const char*>(scratch.qt[block] + lane0), kRow,
+    const float* qt = scratch.qt[block] + panel_offset(lane0, Operands::transposed_columns(p.D));
+    const float* d_ot = scratch.d_ot[block] + panel_offset(lane0, Operands::transposed_columns(p.Dv));
+    gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows, reinterpret_cast<const char*>(qt), kRow,
                                     Operands::units(p.D), scratch.s + first, kBlockRows, nullptr);
     if (modifiers != nullptr) {
       Vf unused[NV];
       for (int i = 0; i < NV; ++i) unused[i] = vzero();
-      modify_scores<NV>(*modifiers, scratch.s, first_key, nk, v0, unused);
+      modify_scores<NV>(*modifiers, scratch.s + first, kBlockRows, first_key, nk, v0, unused);
     }
-    gemm_row_major<Unit, NV, false>(v.data, v.stride_bytes, rows,
-                                    reinterpret_cast<const char*>(scratch.d_ot[block] + lane0), kRow,
+    gemm_row_major<Unit, NV, false>(v.data, v.stride_bytes, rows, reinterpret_cast<const char*>(d_ot), kRow,
                                     Operands::units(p.Dv), scratch.ds + first, kBlockRows, nullptr);
 
     Vf base[NV], shift[NV], inverse_sum[NV], delta[NV];
@@ -237,9 +237,9 @@ struct AccumulateRows {
   TileUnits<Operands, false> span;
   template <int NV>
   inline void run(int v0) const {
-    gemm_column_major<typename Operands::Unit, NV, Init::kAccumulate>(
-        a, a_stride, rows, round_up(rows, kColumnRows), b.data + v0 * kLanes * 4, b.stride_bytes, c + v0 * kLanes,
-        c_stride, nullptr, span);
+    gemm_column_major<typename Operands::Unit, NV, Init::kAccumulate>(a, a_stride, rows, round_up(rows, kColumnRows),
+                                                                      b.data + v0 * kLanes * 4, b.stride_bytes,
+                                                                      c + v0 * kLanes, c_stride, nullptr, span);
   }
 };
 
@@ -298,7 +298,8 @@ template <class Operands>
 inline void clear_saturated_rows(float* d_ot, const bool* is_saturated, int64_t rows, int64_t Dv) {
   for (int64_t r = 0; r < rows; ++r) {
     if (!is_saturated[r]) continue;
-    for (int64_t unit = 0; unit < Operands::units(Dv); ++unit) d_ot[unit * kBlockRows + r] = 0.0f;
+    float* column = d_ot + panel_offset(r, Operands::transposed_columns(Dv));
+    for (int64_t unit = 0; unit < Operands::units(Dv); ++unit) column[unit * kPanelRows] = 0.0f;
   }
 }
 
@@ -415,14 +416,21 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
       ScoreModifiers modifiers;
       const bool is_modified = has_modifiers(p) || kind == TileKind::kPartial;
       if (is_modified) {
-        modifiers = score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr,
-                                    scratch.bias);
+        modifiers =
+            score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr, scratch.bias);
         modifiers.tanh_tile = p.softcap != 0.0 ? scratch.tanh : nullptr;
       }
       if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
-      const BackwardPanel<Operands> panel{
-          p, scratch, is_modified ? &modifiers : nullptr, rest_scale, k_broadcast, v_broadcast, 0, nk, block,
-          gp.d_bias != nullptr};
+      const BackwardPanel<Operands> panel{p,
+                                          scratch,
+                                          is_modified ? &modifiers : nullptr,
+                                          rest_scale,
+                                          k_broadcast,
+                                          v_broadcast,
+                                          0,
+                                          nk,
+                                          block,
+                                          gp.d_bias != nullptr};
       const bool is_trimmed = kind == TileKind::kPartial && p.mask == nullptr;
       if (is_trimmed) {
         run_trimmed(g, tile, panel);
@@ -453,9 +461,9 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
       for_each_panel(vectors_of(p.Dv),
                      AccumulateKeys<Operands>{weights, key_stride, nk, d_o_rows[block],
                                               scratch.dv + (key0 - j0) * dv_stride, dv_stride, row_units});
-      for_each_panel(vectors_of(p.D), AccumulateKeys<Operands>{ds_rows, key_stride, nk, q_rows[block],
-                                                               scratch.dk + (key0 - j0) * dk_stride, dk_stride,
-                                                               row_units});
+      for_each_panel(vectors_of(p.D),
+                     AccumulateKeys<Operands>{ds_rows, key_stride, nk, q_rows[block],
+                                              scratch.dk + (key0 - j0) * dk_stride, dk_stride, row_units});
       for_each_panel(vectors_of(p.D),
                      AccumulateRows<Operands>{ds_columns, kBlockRows * 4, tile.rows, k_vectors,
                                               dq + block * kBlockRows * dq_columns(p), dq_columns(p), key_units});
@@ -484,9 +492,8 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
         float d_sink = 0.0f;
         for (int64_t i0 = 0; i0 < p.Lq; i0 += kSuperRows) {
           const int64_t i1 = min_i64(p.Lq, i0 + kSuperRows);
-          float* dq = task.dq_partial != nullptr
-                          ? task.dq_partial + ((b * p.Hq + hq) * padded_Lq + i0) * dq_columns(p)
-                          : scratch.dq;
+          float* dq = task.dq_partial != nullptr ? task.dq_partial + ((b * p.Hq + hq) * padded_Lq + i0) * dq_columns(p)
+                                                 : scratch.dq;
           memset(dq, 0, sizeof(float) * static_cast<size_t>(round_up(i1 - i0, kBlockRows) * dq_columns(p)));
           const TileRange seen = j1 > task.j0 ? row_range(g, task.j0, j1) : TileRange{};
           const bool is_seen = seen.begin < i1 && seen.end > i0;

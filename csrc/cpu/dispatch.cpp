@@ -194,8 +194,7 @@ void attention_forward(const AttentionParams& p, const Parallel& parallel) {
   drain(parallel, items, workers, workspace.data(), scratch_bytes, [&](int64_t item, char* scratch) {
     // Within a head the last rows come first: under a causal mask they are the longest items.
     const int64_t head = item / rows.blocks, block = rows.blocks - 1 - item % rows.blocks;
-    table.forward_item(
-        p, {head / p.Hq, head % p.Hq, rows.begin(block), min_i64(p.Lq, rows.begin(block + 1))}, scratch);
+    table.forward_item(p, {head / p.Hq, head % p.Hq, rows.begin(block), min_i64(p.Lq, rows.begin(block + 1))}, scratch);
   });
 }
 
@@ -215,8 +214,7 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
   const BackwardPlan plan = plan_backward(gp, table);
   const int64_t tasks = plan.tasks();
   const int workers = worker_count(parallel, tasks, 2.5 * score_flop(p));
-  const size_t scratch_bytes =
-      worker_stride(table.backward_scratch_bytes(gp, plan.chunk_keys, !plan.has_partials()));
+  const size_t scratch_bytes = worker_stride(table.backward_scratch_bytes(gp, plan.chunk_keys, !plan.has_partials()));
   const int64_t chunk_stride = heads * plan.dq_head_floats;
   const size_t partial_bytes =
       plan.has_partials() ? sizeof(float) * static_cast<size_t>(plan.chunks * chunk_stride) : 0;

@@ -15,26 +15,29 @@ namespace {
 
 // One worker's memory; `keys` at a time.
 struct ForwardScratch {
-  float* qt;         // [D units][kBlockRows], Q^T, times the scale in float arithmetic
-  float* ot;         // [Dv][kBlockRows], O^T, not yet divided by the row sums
-  float* s;          // [keys][kBlockRows]: scores, then weights
-  float* k;          // copies of K and V, where they are needed
+  float* qt;  // Q^T by panels, times the scale in float arithmetic
+  float* ot;  // O^T by panels, not yet divided by the row sums
+  float* s;   // [keys][kPanelRows]: a panel's scores, then weights
+  float* k;   // copies of K and V, where they are needed
   float* v;
-  float* bias;       // [keys][kBlockRows]
-  float* dropout;    // [keys][kBlockRows]
-  uint64_t* keep;    // [keys]
-  float* row_max;    // [kBlockRows] each
+  float* bias;     // [keys][kBlockRows]
+  float* dropout;  // [keys][kBlockRows]
+  uint64_t* keep;  // [keys]
+  float* row_max;  // [kBlockRows] each
   float* row_sum;
   float* rescale;
 };
+
+// O^T is computed in groups of kColumnRows head dims and read back in groups of kLanes.
+FASTATTN_FN int64_t ot_columns(const AttentionParams& p) { return round_up(p.Dv, kLanes > 8 ? kLanes : 8); }
 
 template <class Operands>
 inline ForwardScratch forward_scratch(const AttentionParams& p, char* memory, size_t* bytes) {
   Arena arena{memory};
   ForwardScratch s;
-  s.qt = arena.take<float>(round_up(p.D, kLanes) * kBlockRows);
-  s.ot = arena.take<float>(round_up(p.Dv, 2 * kLanes) * kBlockRows);
-  s.s = arena.take<float>((kMaxBlockKeys + kRowPad) * kBlockRows);
+  s.qt = arena.take<float>(Operands::transposed_columns(p.D) * kBlockRows);
+  s.ot = arena.take<float>(ot_columns(p) * kBlockRows);
+  s.s = arena.take<float>((kMaxBlockKeys + kRowPad) * kPanelRows);
   s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
   s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
   s.bias = arena.take<float>(p.bias != nullptr ? kMaxBlockKeys * kBlockRows : 0);
@@ -62,9 +65,10 @@ struct ForwardPanel {
   template <int NV>
   inline void run(int v0) const {
     using Unit = typename Operands::Unit;
-    constexpr int64_t kRow = kBlockRows * 4;
-    float* s = scratch.s + first_key * kBlockRows + v0 * kLanes;
-    const char* qt = reinterpret_cast<const char*>(scratch.qt + v0 * kLanes);
+    constexpr int64_t kRow = kPanelRows * 4;
+    float* s = scratch.s;
+    const char* qt =
+        reinterpret_cast<const char*>(scratch.qt + panel_offset(v0 * kLanes, Operands::transposed_columns(p.D)));
     const int64_t units = Operands::units(p.D);
     const Vf minus_infinity = vset(-__builtin_inff());
 
@@ -72,14 +76,14 @@ struct ForwardPanel {
     for (int i = 0; i < NV; ++i) lane_max[i] = minus_infinity;
     const int64_t k_rows = max_i64(nk, row_major_rows(NV));
     if (modifiers != nullptr) {
-      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kBlockRows, lane_max);
-      modify_scores<NV>(*modifiers, scratch.s, first_key, nk, v0, lane_max);
+      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
+      modify_scores<NV>(*modifiers, s, kPanelRows, first_key, nk, v0, lane_max);
     } else if (nk == k_rows) {
-      gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kBlockRows, lane_max);
+      gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
     } else {
-      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kBlockRows, lane_max);
+      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
       for (int64_t c = 0; c < nk; ++c) {
-        for (int i = 0; i < NV; ++i) lane_max[i] = vmax(lane_max[i], vload(s + c * kBlockRows + i * kLanes));
+        for (int i = 0; i < NV; ++i) lane_max[i] = vmax(lane_max[i], vload(s + c * kPanelRows + i * kLanes));
       }
     }
     const float score_scale = modifiers != nullptr ? 1.0f : scale;
@@ -96,38 +100,43 @@ struct ForwardPanel {
       sum[i] = vzero();
     }
 
-    weights<NV>(s, base, sum, score_scale);
+    if (p.dropout_p > 0.0) {
+      weights<NV, true>(v0, base, sum, score_scale);
+    } else {
+      weights<NV, false>(v0, base, sum, score_scale);
+    }
     for (int i = 0; i < NV; ++i) {
       float* row_sum = scratch.row_sum + (v0 + i) * kLanes;
       const Vf old_sum = is_first ? vzero() : vload(row_sum);
       vstore(row_sum, vfma(old_sum, vload(scratch.rescale + (v0 + i) * kLanes), sum[i]));
     }
 
-    float* ot = scratch.ot + v0 * kLanes;
+    float* ot = scratch.ot + panel_offset(v0 * kLanes, ot_columns(p));
     const char* pt = reinterpret_cast<const char*>(s);
     const auto all_keys = [&](int64_t, int64_t) { return UnitSpan{0, Operands::units(nk)}; };
     if (is_first) {
-      gemm_column_major<Unit, NV, Init::kZero>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kBlockRows, nullptr,
-                                               all_keys);
+      gemm_column_major<Unit, NV, Init::kZero>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kPanelRows,
+                                               nullptr, all_keys);
     } else {
-      gemm_column_major<Unit, NV, Init::kScaleByLane>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kBlockRows,
+      gemm_column_major<Unit, NV, Init::kScaleByLane>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kPanelRows,
                                                       scratch.rescale + v0 * kLanes, all_keys);
     }
   }
 
   // exp(score - base), summed before dropout; in pairs of keys where the unit is a pair, over the scores' memory: pair
   // c / 2 lands on rows that have been read.
-  template <int NV>
-  inline void weights(float* s, const Vf (&base)[NV], Vf (&sum)[NV], [[maybe_unused]] float score_scale) const {
-    const float* dropout = p.dropout_p > 0.0 ? scratch.dropout + (s - scratch.s) : nullptr;
+  template <int NV, bool kDropout>
+  inline void weights(int v0, const Vf (&base)[NV], Vf (&sum)[NV], [[maybe_unused]] float score_scale) const {
+    float* s = scratch.s;
+    const float* dropout = scratch.dropout + first_key * kBlockRows + v0 * kLanes;
     if constexpr (!Operands::kPairs) {
       for (int64_t c = 0; c < nk; ++c) {
 #pragma GCC unroll 4
         for (int i = 0; i < NV; ++i) {
-          float* at = s + c * kBlockRows + i * kLanes;
+          float* at = s + c * kPanelRows + i * kLanes;
           Vf w = vexp(vsub(vload(at), base[i]));
           sum[i] = vadd(sum[i], w);
-          if (dropout != nullptr) w = vmul(w, vload(dropout + c * kBlockRows + i * kLanes));
+          if constexpr (kDropout) w = vmul(w, vload(dropout + c * kBlockRows + i * kLanes));
           vstore(at, w);
         }
       }
@@ -143,7 +152,7 @@ struct ForwardPanel {
       for (int64_t c = 0; c < nk; c += 2) {
 #pragma GCC unroll 4
         for (int i = 0; i < NV; ++i) {
-          float* at = s + c * kBlockRows + i * kLanes;
+          float* at = s + c * kPanelRows + i * kLanes;
           Vf w[2];
 #pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
@@ -151,13 +160,14 @@ struct ForwardPanel {
               w[h] = vzero();
               continue;
             }
-            const Vf x = vload(at + h * kBlockRows);
+            const Vf x = vload(at + h * kPanelRows);
             const Vf t = subtract_first ? vmul(vsub(x, base[i]), log2e) : vfma(x, factor, shift[i]);
             w[h] = vexp2<Operands::kExp2Degree>(t);
             sum[i] = vadd(sum[i], w[h]);
-            if (dropout != nullptr) w[h] = vmul(w[h], vload(dropout + (c + h) * kBlockRows + i * kLanes));
+            if constexpr (kDropout) w[h] = vmul(w[h], vload(dropout + (c + h) * kBlockRows + i * kLanes));
           }
-          vistore(reinterpret_cast<uint32_t*>(s + c / 2 * kBlockRows + i * kLanes), vinterleave(vnarrow(w[0]), vnarrow(w[1])));
+          vistore(reinterpret_cast<uint32_t*>(s + c / 2 * kPanelRows + i * kLanes),
+                  vinterleave(vnarrow(w[0]), vnarrow(w[1])));
         }
       }
     }
@@ -189,7 +199,7 @@ inline void finish_rows(const AttentionParams& p, const ForwardItem& item, const
   }
   using Raw = typename Operands::Raw;
   transpose_back<typename Operands::Element>(row_at<Raw>(p.o, p.o_stride, item.b, item.hq, item.i0), p.o_stride[2],
-                                             scratch.ot, rows, p.Dv, inverse_sum);
+                                             scratch.ot, ot_columns(p), rows, p.Dv, inverse_sum);
   const int64_t first = (item.b * p.Hq + item.hq) * p.Lq + item.i0;
   for (int64_t r = 0; r < rows; ++r) {
     const float m = scratch.row_max[r], l = scratch.row_sum[r];
@@ -204,7 +214,7 @@ inline void clear_rows(const AttentionParams& p, const ForwardScratch& scratch) 
     scratch.row_max[r] = -__builtin_inff();
     scratch.row_sum[r] = 0.0f;
   }
-  memset(scratch.ot, 0, sizeof(float) * static_cast<size_t>(round_up(p.Dv, 2 * kLanes) * kBlockRows));
+  memset(scratch.ot, 0, sizeof(float) * static_cast<size_t>(ot_columns(p) * kBlockRows));
 }
 
 // A tile that the mask geometry cuts: each vector of rows takes only the keys that one of its rows sees, which leaves
@@ -241,7 +251,7 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
   const bool always_modify = has_modifiers(p) || rest_scale <= 0.0f;
 
   KeyBlocks blocks(p, key_range(g, item.i0, item.i1));
-  bool is_first = true;   // O^T and the row statistics hold nothing yet
+  bool is_first = true;  // O^T and the row statistics hold nothing yet
   for (int64_t begin, end; blocks.next(&begin, &end);) {
     const Tile tile{item.b, item.hq, item.i0, rows, begin, end - begin};
     const TileKind kind = tile_mask(p, g, tile, scratch.keep);
@@ -249,8 +259,8 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
     ScoreModifiers modifiers;
     const bool is_modified = always_modify || kind == TileKind::kPartial;
     if (is_modified) {
-      modifiers = score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr,
-                                  scratch.bias);
+      modifiers =
+          score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr, scratch.bias);
     }
     if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
     const ForwardPanel<Operands> panel{

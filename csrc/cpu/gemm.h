@@ -140,8 +140,8 @@ FASTATTN_FN void gemm_row_major_accumulate(const char* a, int64_t a_stride, int6
     const UnitSpan units = span(r, r + R < rows ? R : rows - r);
     if (units.begin >= units.end) continue;
     gemm_rows<Unit, kRowMajorA, R, NV, Init::kAccumulate>(a + r * a_stride + units.begin * 4, a_stride,
-                                                          b + units.begin * b_stride, b_stride,
-                                                          units.end - units.begin, c + r * c_stride, c_stride);
+                                                          b + units.begin * b_stride, b_stride, units.end - units.begin,
+                                                          c + r * c_stride, c_stride);
   }
 }
 

@@ -23,7 +23,7 @@ struct ForwardItem {
 struct BackwardTask {
   int64_t b0, b1, hkv0, hkv1;
   int64_t j0, j1;
-  float* dq_partial;       // [B, Hq, Lq padded to kBlockRows, D padded] of this chunk, or null: the task writes dq itself
+  float* dq_partial;  // [B, Hq, Lq padded to kBlockRows, D padded] of this chunk, or null: the task writes dq itself
   float* d_sinks_partial;  // [B, Hq], or null
 };
 

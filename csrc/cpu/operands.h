@@ -37,7 +37,8 @@ struct FloatOperands {
   // Floats of scratch for a copy of `rows` rows.
   FASTATTN_FN int64_t copy_floats(int64_t rows, int64_t columns) { return round_up(rows, kRowPad) * padded(columns); }
 
-  // Q^T or dO^T: [units][kBlockRows].
+  // Q^T or dO^T of a block of rows, by panels; `columns` of a contraction become transposed_columns units.
+  FASTATTN_FN int64_t transposed_columns(int64_t columns) { return round_up(columns, kLanes); }
   FASTATTN_FN void transposed(float* to, const Raw* from, int64_t stride, int64_t rows, int64_t columns, float factor) {
     transpose_rows<Element>(to, from, stride, rows, columns, factor);
   }
@@ -84,6 +85,7 @@ struct Bf16Operands {
     return round_up(rows, kRowPad) / 2 * padded(columns);
   }
 
+  FASTATTN_FN int64_t transposed_columns(int64_t columns) { return round_up(units(columns), kLanes); }
   FASTATTN_FN void transposed(float* to, const Raw* from, int64_t stride, int64_t rows, int64_t columns, float) {
     transpose_pairs(reinterpret_cast<uint32_t*>(to), from, stride, rows, columns);
   }

@@ -57,6 +57,15 @@ struct Arena {
   }
 };
 
+// Blocks of rows are transposed panel by panel: [panel][column][kPanelRows], each panel contiguous, since columns a whole
+// block apart would fall into the same few sets of the first-level cache.
+constexpr int64_t kPanelRows = kPanelVectors * kLanes;
+
+// Offset of row r of a transposed block that has `columns` columns; its columns lie kPanelRows apart.
+FASTATTN_FN int64_t panel_offset(int64_t r, int64_t columns) {
+  return r / kPanelRows * kPanelRows * columns + r % kPanelRows;
+}
+
 // Widens rows into floats, with zeros up to `padded_columns` (a multiple of kLanes) and `padded_rows`.
 template <class Element>
 inline void widen_rows(float* to, int64_t to_stride, const typename Element::Raw* from, int64_t from_stride,
@@ -94,13 +103,14 @@ FASTATTN_FN void store_tile(const Vf (&tile)[kLanes], typename Element::Raw* to,
   }
 }
 
-// to[c][r] = factor * from[r][c]: the transposed copy that the row-major kernels read as B. Missing rows of the last
-// vector are zero; the columns of `to` are written in groups of kLanes, so `to` has round_up(columns, kLanes) rows of kBlockRows.
+// The transposed copy of a block of rows, times factor, that the row-major kernels read as B. It has
+// round_up(columns, kLanes) columns; missing rows of the last vector are zero.
 template <class Element>
 inline void transpose_rows(float* to, const typename Element::Raw* from, int64_t from_stride, int64_t rows,
                            int64_t columns, float factor) {
   const Vf f = vset(factor);
   for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
+    float* panel = to + panel_offset(r0, round_up(columns, kLanes));
     for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
       Vf tile[kLanes];
       load_tile<Element>(tile, from + r0 * from_stride + c0, from_stride, rows - r0, columns - c0);
@@ -108,21 +118,22 @@ inline void transpose_rows(float* to, const typename Element::Raw* from, int64_t
       for (int r = 0; r < kLanes; ++r) tile[r] = vmul(f, tile[r]);
       vtranspose(tile);
 #pragma GCC unroll 16
-      for (int c = 0; c < kLanes; ++c) vstore(to + (c0 + c) * kBlockRows + r0, tile[c]);
+      for (int c = 0; c < kLanes; ++c) vstore(panel + (c0 + c) * kPanelRows, tile[c]);
     }
   }
 }
 
-// from[c][r] for r < rows, each row r scaled by row_factor[r], written as to[r][c]: the inverse of transpose_rows.
+// The reverse, each row r times row_factor[r]; `from` has padded_columns columns.
 template <class Element>
-inline void transpose_back(typename Element::Raw* to, int64_t to_stride, const float* from, int64_t rows,
-                           int64_t columns, const float* row_factor) {
+inline void transpose_back(typename Element::Raw* to, int64_t to_stride, const float* from, int64_t padded_columns,
+                           int64_t rows, int64_t columns, const float* row_factor) {
   for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
+    const float* panel = from + panel_offset(r0, padded_columns);
     const Vf f = vload(row_factor + r0);
     for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
       Vf tile[kLanes];
 #pragma GCC unroll 16
-      for (int c = 0; c < kLanes; ++c) tile[c] = vmul(f, vload(from + (c0 + c) * kBlockRows + r0));
+      for (int c = 0; c < kLanes; ++c) tile[c] = vmul(f, vload(panel + (c0 + c) * kPanelRows));
       vtranspose(tile);
       store_tile<Element>(tile, to + r0 * to_stride + c0, to_stride, rows - r0, columns - c0);
     }
@@ -146,10 +157,11 @@ inline void zero_rows(typename Element::Raw* to, int64_t to_stride, int64_t rows
 }
 
 #if FASTATTN_BF16_DOT
-// transpose_rows for pairs along the columns: to[c / 2][r] = (from[r][c], from[r][c + 1]).
+// transpose_rows for pairs along the columns; it has round_up(pairs, kLanes) columns of pairs.
 inline void transpose_pairs(uint32_t* to, const uint16_t* from, int64_t from_stride, int64_t rows, int64_t columns) {
   const int64_t units = (columns + 1) / 2;
   for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
+    uint32_t* panel = to + panel_offset(r0, round_up(units, kLanes));
     for (int64_t u0 = 0; u0 < units; u0 += kLanes) {
       Vf tile[kLanes];
       if (rows - r0 >= kLanes && units - u0 >= kLanes && columns % 2 == 0) {
@@ -166,7 +178,7 @@ inline void transpose_pairs(uint32_t* to, const uint16_t* from, int64_t from_str
       }
       vtranspose(tile);
 #pragma GCC unroll 16
-      for (int u = 0; u < kLanes; ++u) vistore(to + (u0 + u) * kBlockRows + r0, vbits_as_int(tile[u]));
+      for (int u = 0; u < kLanes; ++u) vistore(panel + (u0 + u) * kPanelRows, vbits_as_int(tile[u]));
     }
   }
 }

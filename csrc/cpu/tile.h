@@ -169,8 +169,8 @@ template <class Element>
 inline void fill_bias_tile(const AttentionParams& p, const Tile& t, float* tile) {
   using Raw = typename Element::Raw;
   const int64_t* stride = p.bias_stride;
-  const Raw* bias = static_cast<const Raw*>(p.bias) + t.b * stride[0] + t.hq * stride[1] + t.i0 * stride[2] +
-                    t.j0 * stride[3];
+  const Raw* bias =
+      static_cast<const Raw*>(p.bias) + t.b * stride[0] + t.hq * stride[1] + t.i0 * stride[2] + t.j0 * stride[3];
   if (stride[2] == 0) {  // the same for every row
     for (int64_t c = 0; c < t.nk; ++c) {
       const Vf x = vset(vreduce_add(Element::load_first(bias + c * stride[3], 1)));
@@ -273,10 +273,11 @@ inline ScoreModifiers score_modifiers(const AttentionParams& p, const MaskGeomet
   return m;
 }
 
-// Applies the modifiers to keys [first_key, first_key + nk) of NV vectors of rows from vector v0 on, and raises lane_max
-// (NV vectors) to their maximum.
+// Applies the modifiers to keys [first_key, first_key + nk) of NV vectors of rows from vector v0 on, whose scores lie at s,
+// s_stride floats a key, and raises lane_max (NV vectors) to their maximum.
 template <int NV>
-inline void modify_scores(const ScoreModifiers& m, float* s, int64_t first_key, int64_t nk, int v0, Vf* lane_max) {
+inline void modify_scores(const ScoreModifiers& m, float* s, int64_t s_stride, int64_t first_key, int64_t nk, int v0,
+                          Vf* lane_max) {
   const Vf scale = vset(m.scale), cap = vset(m.softcap), slope = vset(m.alibi_slope);
   const Vf inverse_cap = vset(m.softcap != 0.0f ? 1.0f / m.softcap : 0.0f);
   const Vf minus_infinity = vset(-__builtin_inff());
@@ -284,7 +285,8 @@ inline void modify_scores(const ScoreModifiers& m, float* s, int64_t first_key, 
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const int64_t at = c * kBlockRows + (v0 + v) * kLanes;
-      Vf x = vmul(vload(s + at), scale);
+      float* score = s + (c - first_key) * s_stride + v * kLanes;
+      Vf x = vmul(vload(score), scale);
       if (m.softcap != 0.0f) {
         const Vf t = vtanh(vmul(x, inverse_cap));
         if (m.tanh_tile != nullptr) vstore(m.tanh_tile + at, t);
@@ -297,7 +299,7 @@ inline void modify_scores(const ScoreModifiers& m, float* s, int64_t first_key, 
         x = vsub(x, vmul(slope, distance));
       }
       if (m.keep != nullptr) x = vselect(vmask_from_bits(m.keep[c] >> ((v0 + v) * kLanes)), x, minus_infinity);
-      vstore(s + at, x);
+      vstore(score, x);
       lane_max[v] = vmax(lane_max[v], x);
     }
   }

@@ -99,9 +99,7 @@ FASTATTN_FN void store_first_16(uint16_t* p, __m128i x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-FASTATTN_FN Vf widen_bf16(__m128i h) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-}
+FASTATTN_FN Vf widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 FASTATTN_FN Vf vload_bf16(const uint16_t* p) { return widen_bf16(_mm_loadu_si128((const __m128i*)p)); }
 FASTATTN_FN Vf vload_bf16_first(const uint16_t* p, int64_t n) { return widen_bf16(load_first_16(p, n)); }
 FASTATTN_FN Vf vload_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }

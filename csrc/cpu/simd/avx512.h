@@ -72,9 +72,7 @@ FASTATTN_FN Vm first_lanes(int64_t n) { return n >= kLanes ? Vm(0xFFFF) : static
 FASTATTN_FN Vf vload_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 FASTATTN_FN void vstore_first(float* p, Vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
 
-FASTATTN_FN Vf widen_bf16(__m256i h) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-}
+FASTATTN_FN Vf widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 FASTATTN_FN Vf vload_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 FASTATTN_FN Vf vload_bf16_first(const uint16_t* p, int64_t n) {
   return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
