@@ -55,6 +55,8 @@ struct AttentionParams {
   void* lse = nullptr;
   void* row_max = nullptr;  // max over the visible scores and the sink, -inf for a row that sees nothing
   void* row_sum = nullptr;  // sum of exp(score - row_max), the sink's included, 0 for a row that sees nothing
+  // The backward pass takes a row_sum of exactly 1 to say that one key, or the sink, has all of the row's weight, so that no
+  // gradient flows through its scores. Who has only lse passes (lse - log 2, 2).
 };
 
 // In the backward pass o, row_max and row_sum of `forward` are inputs (lse is not used), forward.o has its own strides.
@@ -70,7 +72,8 @@ struct AttentionGradParams {
   void* dv = nullptr;  // [B, Hkv, Lk, Dv]
   int64_t dq_stride[3] = {}, dk_stride[3] = {}, dv_stride[3] = {};
 
-  // Accumulator type, in the bias's own shape: a dimension that the bias broadcasts has stride 0. Null: not wanted.
+  // Accumulator type, contiguous in the bias's own shape; a dimension that the bias broadcasts has stride 0. Null: not
+  // wanted.
   void* d_bias = nullptr;
   int64_t d_bias_stride[4] = {};
   void* d_sinks = nullptr;  // [Hq], accumulator type, or null

@@ -15,6 +15,7 @@
 #include "core/softmax.h"
 #include "cpu/gemm.h"
 #include "cpu/operands.h"
+#include "cpu/small.h"
 #include "cpu/tile.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -283,15 +284,6 @@ inline void add_d_bias(const AttentionGradParams& gp, const Tile& t, const float
   }
 }
 
-template <class Element>
-inline float dot_rows(const typename Element::Raw* a, const typename Element::Raw* b, int64_t n) {
-  Vf sum = vzero();
-  for (int64_t c = 0; c < n; c += kLanes) {
-    sum = vfma(Element::load_first(a + c, n - c), Element::load_first(b + c, n - c), sum);
-  }
-  return vreduce_add(sum);
-}
-
 // Takes rows with a single weight of 1 out of dO^T, so that their dP is 0, as their delta is. Without it the rounding of o
 // to 16 bits would leave a gradient where there is none, as for every row when Lk = 1.
 template <class Operands>
@@ -328,8 +320,8 @@ inline float prepare_statistics(const AttentionGradParams& gp, int64_t b, int64_
       // Where one key has all the weight, dP - delta is 0 but for rounding, which o's may make large: see
       // clear_saturated_rows.
       if (!scratch.is_saturated[at]) {
-        delta = dot_rows<typename Operands::Element>(row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i),
-                                                     row_at<const Raw>(p.o, p.o_stride, b, hq, i), p.Dv);
+        delta = dot<typename Operands::Element>(row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i),
+                                                row_at<const Raw>(p.o, p.o_stride, b, hq, i), p.Dv);
       }
       if (d_lse != nullptr) delta -= d_lse[i];
       if (has_sinks) d_sink -= __builtin_expf(sink - row_max[i]) * scratch.inverse_sum[at] * delta;
@@ -481,6 +473,14 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
   const int64_t group = p.Hq / p.Hkv;
   const int64_t dk_stride = Operands::padded(p.D), dv_stride = Operands::padded(p.Dv);
   const int64_t padded_Lq = round_up(p.Lq, kBlockRows);
+  if (is_small_backward(p)) {
+    for (int64_t b = task.b0; b < task.b1; ++b) {
+      for (int64_t hkv = task.hkv0; hkv < task.hkv1; ++hkv) {
+        small_backward<Element>(gp, b, hkv, task.d_sinks_partial, scratch.dk, scratch.dv, scratch.dq);
+      }
+    }
+    return;
+  }
   for (int64_t b = task.b0; b < task.b1; ++b) {
     const MaskGeometry g = mask_geometry(p, b);
     const int64_t j1 = min_i64(task.j1, g.Lk);  // keys past the sequence's length are not read

@@ -180,6 +180,19 @@ int64_t broadcast_elements(const AttentionParams& p, const int64_t (&stride)[4])
   return elements;
 }
 
+// Zeroes dk or dv, which keys without any query head have too.
+void zero_rows(const AttentionParams& p, void* rows, const int64_t (&stride)[3], int64_t columns) {
+  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  for (int64_t b = 0; b < p.B; ++b) {
+    for (int64_t h = 0; h < p.Hkv; ++h) {
+      for (int64_t j = 0; j < p.Lk; ++j) {
+        char* row = static_cast<char*>(rows) + (b * stride[0] + h * stride[1] + j * stride[2]) * element;
+        std::memset(row, 0, static_cast<size_t>(columns * element));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void attention_forward(const AttentionParams& p, const Parallel& parallel) {
@@ -208,6 +221,8 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
   float* d_sinks = static_cast<float*>(gp.d_sinks);
   if (heads == 0) {
     if (d_sinks != nullptr) std::memset(d_sinks, 0, sizeof(float) * static_cast<size_t>(p.Hq));
+    zero_rows(p, gp.dk, gp.dk_stride, p.D);
+    zero_rows(p, gp.dv, gp.dv_stride, p.Dv);
     return;
   }
   const KernelTable& table = kernel_table();

@@ -8,6 +8,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/operands.h"
+#include "cpu/small.h"
 #include "cpu/tile.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -238,6 +239,7 @@ template <class Operands>
 inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, char* memory) {
   using Raw = typename Operands::Raw;
   const ForwardScratch scratch = forward_scratch<Operands>(p, memory, nullptr);
+  if (is_small_forward(p)) return small_forward<typename Operands::Element>(p, item.b, item.hq, scratch.ot);
   const MaskGeometry g = mask_geometry(p, item.b);
   const int64_t hkv = item.hq / (p.Hq / p.Hkv);
   const int64_t rows = item.i1 - item.i0;

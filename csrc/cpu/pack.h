@@ -140,6 +140,15 @@ inline void transpose_back(typename Element::Raw* to, int64_t to_stride, const f
   }
 }
 
+template <class Element>
+inline float dot(const typename Element::Raw* a, const typename Element::Raw* b, int64_t n) {
+  Vf sum = vzero();
+  for (int64_t c = 0; c < n; c += kLanes) {
+    sum = vfma(Element::load_first(a + c, n - c), Element::load_first(b + c, n - c), sum);
+  }
+  return vreduce_add(sum);
+}
+
 // Rounds rows of floats into a tensor.
 template <class Element>
 inline void narrow_rows(typename Element::Raw* to, int64_t to_stride, const float* from, int64_t from_stride,
