@@ -144,7 +144,10 @@ def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         # The sink is one more column of scores, whose weight is thrown away.
         s = torch.cat([s, sinks.to(s.dtype).view(1, -1, 1, 1).expand(*s.shape[:-1], 1)], dim=-1)
     p = torch.softmax(s, dim=-1)[..., :Lk].masked_fill(blind, 0)
-    lse = torch.logsumexp(s, dim=-1).masked_fill(blind.squeeze(-1), -math.inf)
+    # torch.logsumexp differentiates as exp(s - lse). In a row hidden by a finite value as large as -1e38, lse has lost the
+    # logarithm, and that is 1 for each of its keys, where 1 / (number of keys) is right. So the maximum stays apart.
+    m = s.amax(dim=-1, keepdim=True).detach() if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+    lse = ((s - m).exp().sum(dim=-1).log() + m.squeeze(-1)).masked_fill(blind.squeeze(-1), -math.inf)
     return p, lse
 
 

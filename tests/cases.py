@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYOUTS = ("contiguous", "blhd", "qkv", "offset", "expanded", "repeated_key", "columns")
+LAYOUTS = ("contiguous", "blhd", "qkv", "offset", "expanded", "repeated_keys", "columns")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
-    """x's numbers, (B, H, L, D), arranged in memory as the layout says; "expanded" and "repeated_key" repeat some."""
+    """x's numbers, (B, H, L, D), arranged in memory as the layout says; "expanded" and "repeated_keys" repeat some."""
     B, H, L, D = x.shape
     if layout == "blhd":  # heads inside rows, as projections leave them
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -150,7 +150,7 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
         return wide[:, :, 1 : L + 1, 1 : D + 1]
     if layout == "expanded":  # one head serves all heads and sequences, stride 0
         return x[:1, :1].contiguous().expand(B, H, L, D) if B and H else x
-    if layout == "repeated_key":  # one row serves all rows, stride 0
+    if layout == "repeated_keys":  # one row serves all rows, stride 0
         return x[:, :, :1].contiguous().expand(B, H, L, D) if L else x
     if layout == "columns":  # the last dimension is not the contiguous one
         return x.mT.contiguous().mT
@@ -174,7 +174,7 @@ def _make_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Te
         hidden = _hide(shape, True, generator)
         # -1e9 does not exist in float16 and becomes -inf there, as it does for whoever writes it.
         fill = torch.finfo(dtype).min if case.bias_values == "min" else float(case.bias_values)
-        return bias.to(dtype).masked_fill(hidden, fill)
+        return bias.to(dtype).masked_fill(hidden, torch.tensor(fill).to(dtype))
     return bias.to(dtype)
 
 
@@ -209,13 +209,14 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     d_lse = randn(B, Hq, Lq).to(accumulator(dtype))
 
     layout = case.layout
-    only_keys = layout in ("expanded", "repeated_key")
+    only_keys = layout in ("expanded", "repeated_keys")
     if layout == "expanded" and d_o.numel():
         d_o = d_o.flatten()[0].expand_as(d_o)  # what o.sum().backward() hands down
     elif not only_keys:
         d_o = in_layout(d_o, layout)
     q = q if only_keys else in_layout(q, layout)
-    k, v = in_layout(k, layout), in_layout(v, layout)
+    k = in_layout(k, layout)
+    v = v if layout == "repeated_keys" else in_layout(v, layout)
 
     kwargs: dict[str, Any] = {}
     if case.causal:
@@ -418,6 +419,20 @@ def _combinations(count: int = 140) -> list[Case]:
             )
         )
     return cases
+
+
+def _many_rows() -> list[Case]:
+    """Around the number of rows, 512, that the backward pass takes at a time; more keys than one chunk of it, 256."""
+    return [
+        Case(512, 70, D=16, Hkv=1, sinks=True),
+        Case(513, 70, D=24, Hkv=1, gqa=2, causal="bottom_right", bias="1hqk"),
+        Case(577, 300, D=16, Hkv=1, causal="top_left", bias="11qk"),
+        Case(577, 300, D=16, Hkv=1, B=2, bias="1h1k", mask="b1qk", dropout_p=0.2),
+        Case(1030, 33, D=8, Hkv=1, window=(20, 20), softcap=3.0, bias="11q1"),
+        Case(530, 520, D=16, Hkv=1, B=2, kv_lengths=(520, 250), sinks=True, bias="11qk", causal="bottom_right"),
+        Case(530, 520, D=16, Hkv=1, gqa=2, bias="bh11", alibi="h", window=(100, 30)),
+        Case(40, 600, D=16, Hkv=2, B=2, gqa=2, bias="11q1", sinks=True, kv_lengths=(257, 0)),
+    ]
 
 
 def _long() -> list[Case]:

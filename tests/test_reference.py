@@ -181,6 +181,8 @@ def test_masked_rows_have_no_nan(fill: float) -> None:
         assert (grads[3][:, :, 1] == 0).all()
     elif fill != -1e9:
         torch.testing.assert_close(o[:, :, 1], v.mean(dim=2))
+        d_bias = torch.autograd.grad(reference.attention(q, k, v, bias=bias, return_lse=True)[1].sum(), bias)[0]
+        torch.testing.assert_close(d_bias[:, :, 1], torch.full((1, 1, 3), 2 / 3, dtype=torch.float64))  # two heads
 
 
 def test_what_does_not_exist_is_not_used() -> None:

@@ -1,0 +1,41 @@
+"""Fixtures that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastattn  # noqa: F401  (loads the operators)
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+def supported_isas() -> list[str]:
+    return torch.ops.fastattn._supported_isas().split(",")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each level; those that this processor lacks are reported as skipped."""
+    if request.param not in supported_isas():
+        pytest.skip(f"this processor (or build) has no {request.param}")
+    before = torch.ops.fastattn._isa()
+    torch.ops.fastattn._set_isa(request.param)
+    yield request.param
+    torch.ops.fastattn._set_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts torch's thread count back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lacking = [level for level in ISAS if level not in supported_isas()]
+    if lacking:
+        terminalreporter.write_line(f"fastattn: not tested, for this processor lacks them: {', '.join(lacking)}")
