@@ -140,10 +140,6 @@ def attention(
     try:
         if torch._C._is_any_autocast_enabled():
             q, k, v, bias = _autocast(q, k, v, bias)
-        if bias is not None and bias.dim() < 4:
-            bias = bias[(None,) * (4 - bias.dim())]
-        if mask is not None and mask.dim() < 4:
-            mask = mask[(None,) * (4 - mask.dim())]
         if alibi_slopes is not None:
             alibi_slopes = _accumulator("alibi_slopes", alibi_slopes, q)
             if alibi_slopes.requires_grad and torch.is_grad_enabled():

@@ -136,7 +136,7 @@ CALLS = [
             "bias": torch.zeros(Lq, Lk, dtype=torch.float16),
         },
     ),
-    Bad("mask-shape", ValueError, ("mask has shape (1, 1, 7, 5)",), {"mask": torch.ones(Lk, Lq).bool()}),
+    Bad("mask-shape", ValueError, ("mask has shape (7, 5)", "from the last"), {"mask": torch.ones(Lk, Lq).bool()}),
     Bad("mask-dtype", TypeError, ("mask is torch.float32", "bias"), {"mask": torch.ones(Lq, Lk)}),
     # --- per-head and per-sequence tensors
     Bad("alibi-shape", ValueError, ("alibi_slopes has shape (5,)", "(Hq,) = (4,)"), {"alibi_slopes": torch.zeros(5)}),

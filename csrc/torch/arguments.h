@@ -11,7 +11,8 @@ namespace fastattn {
 
 using torch::stable::Tensor;
 
-// Shapes: see core/params.h. alibi_slopes and sinks are of the accumulator type, rng_state is (seed, offset).
+// Shapes: see core/params.h; bias and mask may lack leading dimensions, which then count as 1. alibi_slopes and sinks are
+// of the accumulator type, rng_state is (seed, offset).
 struct AttentionArguments {
   const Tensor& q;
   const Tensor& k;

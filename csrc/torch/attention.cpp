@@ -24,10 +24,12 @@ void row_strides(const Tensor& tensor, int64_t stride[3]) {
   for (int i = 0; i < 3; ++i) stride[i] = strides[static_cast<size_t>(i)];
 }
 
-// A dimension that is broadcast, size 1 against more, has stride 0.
+// Strides along batch, head, query and key of a tensor of up to four dimensions: 0 along one that is broadcast, for it
+// is missing or its size is 1.
 void broadcast_strides(const Tensor& tensor, int64_t stride[4]) {
   const IntHeaderOnlyArrayRef sizes = tensor.sizes(), strides = tensor.strides();
-  for (size_t i = 0; i < 4; ++i) stride[i] = sizes[i] == 1 ? 0 : strides[i];
+  const size_t missing = 4 - sizes.size();
+  for (size_t i = 0; i < 4; ++i) stride[i] = i < missing || sizes[i - missing] == 1 ? 0 : strides[i - missing];
 }
 
 Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
@@ -138,9 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Atte
   Tensor dv = empty_rows_like(a.forward.v, p.B, p.Hkv, p.Lk, p.Dv);
   Tensor d_bias = empty_nothing(accumulator), d_sinks = empty_nothing(accumulator);
   if (a.need_d_bias) {
-    std::array<int64_t, 4> sizes;
-    for (size_t i = 0; i < 4; ++i) sizes[i] = a.forward.bias->sizes()[i];
-    d_bias = empty_contiguous(sizes, accumulator);
+    const Tensor& bias = *a.forward.bias;
+    d_bias = empty_contiguous(bias.sizes().data(), bias.dim(), accumulator);
   }
   if (a.need_d_sinks) d_sinks = empty_contiguous(std::array{p.Hq}, accumulator);
 

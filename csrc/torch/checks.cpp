@@ -103,13 +103,17 @@ void check_sizes_fit(const AttentionParams& p) {
   }
 }
 
+// Missing leading dimensions count as 1.
 void check_broadcasts(const char* name, const Tensor& tensor, const AttentionParams& p) {
   const int64_t full[4] = {p.B, p.Hq, p.Lq, p.Lk};
-  bool broadcasts = tensor.dim() == 4;
-  for (int64_t i = 0; broadcasts && i < 4; ++i) broadcasts = tensor.size(i) == 1 || tensor.size(i) == full[i];
+  const IntHeaderOnlyArrayRef sizes = tensor.sizes();
+  bool broadcasts = sizes.size() <= 4;
+  for (size_t i = 0; broadcasts && i < sizes.size(); ++i) {
+    broadcasts = sizes[i] == 1 || sizes[i] == full[4 - sizes.size() + i];
+  }
   if (!broadcasts) {
     value_error(name, " has shape ", shape_text(tensor), ", which does not broadcast to (B, Hq, Lq, Lk) = (", p.B, ", ",
-                p.Hq, ", ", p.Lq, ", ", p.Lk, "); each of its dimensions must be 1 or that size.");
+                p.Hq, ", ", p.Lq, ", ", p.Lk, "); each of its dimensions, from the last, must be 1 or that size.");
   }
 }
 
