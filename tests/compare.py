@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference
+from fastattn._ops import draw_rng_state
 
 from .cases import Case, Inputs, accumulator, make_inputs
 
@@ -39,8 +40,7 @@ def dropout_keep(case: Case, seed: int) -> Tensor | None:
     if not case.dropout_p:
         return None
     torch.manual_seed(seed)
-    state = torch.randint(2**63 - 1, (2,), dtype=torch.int64)  # (seed, offset), as a call of attention draws it
-    return torch.ops.fastattn.dropout_mask(state, case.B, case.Hq, case.Lq, case.Lk, case.dropout_p)
+    return torch.ops.fastattn.dropout_mask(draw_rng_state(), case.B, case.Hq, case.Lq, case.Lk, case.dropout_p)
 
 
 def compute(inputs: Inputs, seed: int = 0) -> Quantities:

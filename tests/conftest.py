@@ -27,6 +27,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.ops.fastattn._set_isa(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Puts torch's thread count back after a test that changes it."""
