@@ -1,0 +1,80 @@
+"""The same inputs give the same bits: forward and backward, whatever ran before and wherever memory came from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+
+from .cases import Case, make_inputs
+from .compare import Quantities, compute
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+CASES = [
+    Case(197, 197, D=64, B=2, Hkv=3),
+    Case(150, 333, D=32, Hkv=1, gqa=4, causal="bottom_right"),
+    Case(600, 900, D=16, Hkv=1, causal="top_left", sinks=True),  # keys in chunks, summed afterwards
+    Case(70, 530, D=24, Dv=40, B=2, gqa=2, bias="11qk", alibi="h"),  # a bias gradient summed over sequences and heads
+    Case(300, 130, D=16, B=2, bias="1h1k", bias_values="min", mask="b1qk", mask_values="blocks"),
+    Case(130, 300, D=16, B=3, gqa=2, bias="1111", softcap=5.0, kv_lengths=(300, 0, 131), window=(70, 20)),
+    Case(90, 280, D=33, B=2, gqa=3, dropout_p=0.3, causal="bottom_right", layout="blhd"),
+    Case(1, 2000, D=64, Hkv=2, gqa=4),
+]
+
+
+def differences(first: Quantities, second: Quantities) -> list[str]:
+    """Names of what is not the same bit for bit; -0.0 is not 0.0, and NaN is NaN."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def bits(x: Tensor) -> Tensor:
+        return x.contiguous().view(integer[x.dtype.itemsize])
+
+    return [name for name in first if not torch.equal(bits(first[name]), bits(second[name]))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_repeats_are_bit_equal(isa: str, case: Case, dtype: torch.dtype) -> None:
+    """Three times, with other work in between that leaves its traces in scratch memory and moves allocations."""
+    inputs = make_inputs(case, dtype).require_grad()
+    first = compute(inputs)
+    held = []
+    for size in (33, 4097):
+        other = make_inputs(Case(size % 50 + 40, size % 90 + 30, D=48, B=2), dtype).require_grad()
+        held.append(torch.full((size,), torch.nan))
+        compute(other)
+        assert not differences(compute(inputs), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_does_not_matter(isa: str, dtype: torch.dtype) -> None:
+    """Where rows lie, how far apart and how aligned, changes no bit."""
+    plain = Case(97, 133, D=40, Dv=24, B=2, gqa=2, causal="bottom_right", bias="1hqk", mask="b1qk", sinks=True)
+    inputs = make_inputs(plain, dtype).require_grad()
+    first = compute(inputs)
+    for layout in ("blhd", "qkv", "offset", "columns"):
+        case = Case(**{**plain.__dict__, "layout": layout})
+        moved = make_inputs(case, dtype)
+        for name in ("q", "k", "v", "d_o", "d_lse"):
+            moved_x = getattr(moved, name)
+            moved_x.copy_(getattr(inputs, name).detach())
+        for name in ("bias", "mask", "sinks"):
+            moved.kwargs[name].copy_(inputs.kwargs[name].detach())
+        assert not differences(compute(moved.require_grad()), first), layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sequences_do_not_mix(isa: str, dtype: torch.dtype) -> None:
+    """The forward pass of a sequence and head has the same bits alone as among others."""
+    case = Case(97, 133, D=40, B=3, Hkv=2, gqa=2, causal="top_left")
+    inputs = make_inputs(case, dtype)
+    o, lse = fastattn.attention(inputs.q, inputs.k, inputs.v, causal="top_left", return_lse=True)
+    for b in range(3):
+        for h in range(4):
+            q, k, v = inputs.q[b, h], inputs.k[b, h // 2], inputs.v[b, h // 2]
+            alone = fastattn.attention(q[None, None], k[None, None], v[None, None], causal="top_left", return_lse=True)
+            assert torch.equal(alone[0][0, 0], o[b, h])
+            assert torch.equal(alone[1][0, 0], lse[b, h])
