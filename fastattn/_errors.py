@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What csrc/torch/errors.h puts before the message of a TypeError.
-_TYPE_ERROR = "fastattn[TypeError]: "
+# How csrc/torch/errors.h marks what is no ValueError.
+_MARKS: dict[str, type[Exception]] = {
+    "fastattn[TypeError]: ": TypeError,
+    "fastattn[RuntimeError]: ": RuntimeError,
+}
 
 
 def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) -> Exception:
@@ -25,13 +28,15 @@ def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) 
         numbers: The arguments that must be real numbers, by name; all but dropout_p may be None.
 
     Returns:
-        A ValueError or TypeError whose text starts with "fastattn: ", or ``error`` itself when nothing is known of it.
+        An exception whose text starts with "fastattn: ", or ``error`` itself when nothing is known of it.
     """
     text = str(error)
-    if text.startswith(_TYPE_ERROR):
-        return TypeError("fastattn: " + text[len(_TYPE_ERROR) :])
+    for mark, kind in _MARKS.items():
+        if text.startswith(mark):
+            return kind("fastattn: " + text[len(mark) :])
     if text.startswith("fastattn: "):
-        return error
+        # torch lets an operator's ValueError through up to 2.14, and makes it a RuntimeError from 2.15 on.
+        return ValueError(text) if type(error) is RuntimeError else error
     return _wrong_kind(tensors) or _wrong_number(numbers) or _wrong_place(tensors) or error
 
 

@@ -36,7 +36,7 @@ def _load() -> None:
     if capability:
         try:
             torch.ops.fastattn._set_isa(capability)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ValueError(f"{error} It was set by the environment variable {CAPABILITY_VARIABLE}.") from None
 
 

@@ -260,7 +260,9 @@ def test_slopes_that_require_grad_are_fine_without_grad_mode() -> None:
 def test_memory_that_does_not_exist() -> None:
     """2^58 bytes of results: refused by the allocator, named, and the process lives."""
     huge = torch.zeros(1, 1, 1, 1).expand(2**14, 2**14, 2**14, 2**14)
-    with pytest.raises(RuntimeError, match="fastattn: there is not enough memory"):
+    with pytest.raises(
+        RuntimeError, match=r"^fastattn: there is not enough memory for a torch.float32 tensor of shape"
+    ):
         call({"q": huge, "k": huge, "v": huge})
 
 
@@ -272,6 +274,10 @@ def test_a_bad_probability_draws_nothing() -> None:
 
 
 # --- The operators' own arguments, which the Python functions always get right ----------------------------------------
+
+
+# Of an operator called without the Python functions around it; which of the two depends on torch's version.
+OPERATOR_ERROR = (ValueError, RuntimeError)
 
 
 def forward(*, rng_state: Tensor | None = None, causal: int = 0, window: tuple[int, int] = (-1, -1),
@@ -340,7 +346,7 @@ OPERATOR_CALLS: list[tuple[str, Callable[[], Any], str]] = [
 
 @pytest.mark.parametrize(("function", "part"), [pytest.param(f, p, id=name) for name, f, p in OPERATOR_CALLS])
 def test_operator_message(function: Callable[[], Any], part: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(part)) as raised:
+    with pytest.raises(OPERATOR_ERROR, match=re.escape(part)) as raised:
         function()
     assert str(raised.value).startswith("fastattn")
 
@@ -349,7 +355,7 @@ def test_backward_without_statistics() -> None:
     """Somebody calls the operator without save_stats, and then differentiates."""
     args = [q().requires_grad_(), k(), v(), *[None] * 6, 0, -1, -1, None, 0.0, 0.0, False]
     o, _, _ = ops.attention_forward(*args)
-    with pytest.raises(ValueError, match="stats is empty"):
+    with pytest.raises(OPERATOR_ERROR, match="stats is empty"):
         o.sum().backward()
 
 
@@ -375,7 +381,7 @@ def test_compiled_code_checks_values_when_it_runs() -> None:
     compiled = torch.compile(fastattn.attention, backend="eager", fullgraph=True)
     lengths = torch.tensor([7, 7], dtype=torch.int32)
     compiled(q(), k(), v(), kv_lengths=lengths)
-    with pytest.raises(ValueError, match=r"kv_lengths\[1\] is 8"):
+    with pytest.raises(OPERATOR_ERROR, match=r"kv_lengths\[1\] is 8"):
         compiled(q(), k(), v(), kv_lengths=lengths + torch.tensor([0, 1], dtype=torch.int32))
 
 

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
-#include <stdexcept>
 
 #include "cpu/attention.h"
+#include "torch/errors.h"
 #include "torch/parallel.h"
 #include "torch/tensors.h"
 
@@ -96,7 +96,7 @@ void call_engine(void (*engine)(const Params&, const cpu::Parallel&), const Para
   try {
     engine(params, torch_parallel());
   } catch (const std::bad_alloc&) {
-    throw std::runtime_error("fastattn: there is not enough memory for the kernel's scratch space");
+    runtime_error("there is not enough memory for the kernel's scratch space.");
   }
 }
 

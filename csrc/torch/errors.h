@@ -1,7 +1,7 @@
 // How the binding reports a bad argument: "fastattn: <argument, value>; <rule>: <remedy>".
 //
-// std::invalid_argument arrives in Python as ValueError. No standard exception arrives as TypeError, so that kind
-// carries a mark, which fastattn/_errors.py turns into the right type.
+// Up to torch 2.14 std::invalid_argument arrives in Python as ValueError, from 2.15 on as RuntimeError. Neither can say
+// which kind is meant, so that whatever is no ValueError carries a mark, and fastattn/_errors.py raises the right type.
 #pragma once
 
 #include <sstream>
@@ -9,20 +9,32 @@
 
 namespace fastattn {
 
+namespace detail {
+
+template <typename Error, typename... Parts>
+[[noreturn]] void raise(const char* mark, const Parts&... parts) {
+  std::ostringstream text;
+  text << mark;
+  ((text << parts), ...);
+  throw Error(text.str());
+}
+
+}  // namespace detail
+
 template <typename... Parts>
 [[noreturn]] void value_error(const Parts&... parts) {
-  std::ostringstream text;
-  text << "fastattn: ";
-  ((text << parts), ...);
-  throw std::invalid_argument(text.str());
+  detail::raise<std::invalid_argument>("fastattn: ", parts...);
 }
 
 template <typename... Parts>
 [[noreturn]] void type_error(const Parts&... parts) {
-  std::ostringstream text;
-  text << "fastattn[TypeError]: ";
-  ((text << parts), ...);
-  throw std::invalid_argument(text.str());
+  detail::raise<std::invalid_argument>("fastattn[TypeError]: ", parts...);
+}
+
+// Not the caller's fault: memory that is not there.
+template <typename... Parts>
+[[noreturn]] void runtime_error(const Parts&... parts) {
+  detail::raise<std::runtime_error>("fastattn[RuntimeError]: ", parts...);
 }
 
 }  // namespace fastattn

@@ -1,7 +1,8 @@
 #include "torch/tensors.h"
 
 #include <sstream>
-#include <stdexcept>
+
+#include "torch/errors.h"
 
 namespace fastattn {
 
@@ -64,11 +65,9 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, 
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) !=
       AOTI_TORCH_SUCCESS) {
-    std::ostringstream text;
-    text << "fastattn: there is not enough memory for a " << dtype_name(dtype) << " tensor of shape (";
-    for (int64_t i = 0; i < dim; ++i) text << (i ? ", " : "") << sizes[i];
-    text << ")";
-    throw std::runtime_error(text.str());
+    std::ostringstream shape;
+    for (int64_t i = 0; i < dim; ++i) shape << (i ? ", " : "") << sizes[i];
+    runtime_error("there is not enough memory for a ", dtype_name(dtype), " tensor of shape (", shape.str(), ").");
   }
   return Tensor(handle);
 }
