@@ -238,9 +238,9 @@ struct AccumulateRows {
   TileUnits<Operands, false> span;
   template <int NV>
   inline void run(int v0) const {
-    gemm_column_major<typename Operands::Unit, NV, Init::kAccumulate>(a, a_stride, rows, round_up(rows, kColumnRows),
-                                                                      b.data + v0 * kLanes * 4, b.stride_bytes,
-                                                                      c + v0 * kLanes, c_stride, nullptr, span);
+    gemm_column_major<typename Operands::Unit, NV, Output::kAdd>(a, a_stride, rows, round_up(rows, kColumnRows),
+                                                                 b.data + v0 * kLanes * 4, b.stride_bytes,
+                                                                 c + v0 * kLanes, c_stride, nullptr, span);
   }
 };
 
@@ -494,7 +494,7 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
           const int64_t i1 = min_i64(p.Lq, i0 + kSuperRows);
           float* dq = task.dq_partial != nullptr ? task.dq_partial + ((b * p.Hq + hq) * padded_Lq + i0) * dq_columns(p)
                                                  : scratch.dq;
-          memset(dq, 0, sizeof(float) * static_cast<size_t>(round_up(i1 - i0, kBlockRows) * dq_columns(p)));
+          memset(dq, 0, sizeof(float) * static_cast<size_t>(round_up(i1 - i0, kColumnRows) * dq_columns(p)));
           const TileRange seen = j1 > task.j0 ? row_range(g, task.j0, j1) : TileRange{};
           const bool is_seen = seen.begin < i1 && seen.end > i0;
           if (is_seen || task.d_sinks_partial != nullptr) {

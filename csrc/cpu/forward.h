@@ -2,8 +2,8 @@
 //
 // Lanes are query rows. With S^T = K Q^T and O^T = V^T P^T every product is a scalar broadcast times a vector of rows,
 // the softmax's maxima and sums are vertical operations, and neither K nor V is packed in float32. Online softmax after
-// Dao et al., "FlashAttention", 2022, algorithm 1; the rescaling of O by exp(m_old - m_new) rides on the load of the
-// accumulators. Handles everything in core/params.h but float64.
+// Dao et al., "FlashAttention", 2022, algorithm 1; the rescaling of O by exp(m_old - m_new) rides on the addition of
+// a block's product. Handles everything in core/params.h but float64.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -116,11 +116,11 @@ struct ForwardPanel {
     const char* pt = reinterpret_cast<const char*>(s);
     const auto all_keys = [&](int64_t, int64_t) { return UnitSpan{0, Operands::units(nk)}; };
     if (is_first) {
-      gemm_column_major<Unit, NV, Init::kZero>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kPanelRows,
-                                               nullptr, all_keys);
+      gemm_column_major<Unit, NV, Output::kReplace>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kPanelRows,
+                                                    nullptr, all_keys);
     } else {
-      gemm_column_major<Unit, NV, Init::kScaleByLane>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot, kPanelRows,
-                                                      scratch.rescale + v0 * kLanes, all_keys);
+      gemm_column_major<Unit, NV, Output::kRescaleAndAdd>(v.data, v.stride_bytes, v_rows, v_rows, pt, kRow, ot,
+                                                          kPanelRows, scratch.rescale + v0 * kLanes, all_keys);
     }
   }
 

@@ -1,6 +1,6 @@
 // The matrix micro-kernels: R rows by NV vectors of accumulators in registers.
 //
-//   C[r][lanes] = (init) + sum_k A(r, k) * B[k][lanes]
+//   C[r][lanes] = (C, by Output) + sum_k A(r, k) * B[k][lanes]
 //
 // A is read by scalar broadcast, straight from the caller's memory; B and C are rows of vectors. One "unit" of A or B
 // is 32 bits: a float, or (Bf16Pair) two bfloat16 numbers whose products are both added, so that k counts pairs.
@@ -35,10 +35,12 @@ struct Bf16Pair {
 };
 #endif
 
-enum class Init {
-  kZero,         // C = product
-  kAccumulate,   // C = C + product
-  kScaleByLane,  // C = C * lane_scale + product
+// How a product meets what C holds. It is summed by itself first: a running sum as starting value would have every product
+// rounded at the size of the whole sum, an error that does not fall with the length as it does for plain code.
+enum class Output {
+  kReplace,        // C = product
+  kAdd,            // C = C + product
+  kRescaleAndAdd,  // C = C * lane_scale + product
 };
 
 constexpr bool kRowMajorA = false, kColumnMajorA = true;
@@ -58,22 +60,14 @@ FASTATTN_FN constexpr int column_major_rows(int vectors) {
   return vectors <= 2 ? 8 : 4;
 }
 
-template <class Unit, bool kColumnMajor, int R, int NV, Init kInit, bool kTrackMax = false>
+template <class Unit, bool kColumnMajor, int R, int NV, Output kOutput, bool kTrackMax = false>
 FASTATTN_FN void gemm_rows(const char* a, int64_t a_stride, const char* b, int64_t b_stride, int64_t n, float* c,
                            int64_t c_stride, const float* lane_scale = nullptr, Vf* lane_max = nullptr) {
   Vf acc[R][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      if constexpr (kInit == Init::kZero) {
-        acc[r][v] = vzero();
-      } else if constexpr (kInit == Init::kAccumulate) {
-        acc[r][v] = vload(c + r * c_stride + v * kLanes);
-      } else {
-        acc[r][v] = vmul(vload(c + r * c_stride + v * kLanes), vload(lane_scale + v * kLanes));
-      }
-    }
+    for (int v = 0; v < NV; ++v) acc[r][v] = vzero();
   }
   // Rows of a row-major A are reached from every third row's pointer with scaled indices, which keeps the pointers in
   // registers.
@@ -101,12 +95,16 @@ FASTATTN_FN void gemm_rows(const char* a, int64_t a_stride, const char* b, int64
   }
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
-    // lane_max lives in memory: one update for all rows.
-    Vf top = kTrackMax ? lane_max[v] : vzero();
+    Vf top = kTrackMax ? lane_max[v] : vzero();  // lane_max lives in memory: one update for all rows
+    const Vf scale = kOutput == Output::kRescaleAndAdd ? vload(lane_scale + v * kLanes) : vzero();
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      vstore(c + r * c_stride + v * kLanes, acc[r][v]);
-      if constexpr (kTrackMax) top = vmax(top, acc[r][v]);
+      float* to = c + r * c_stride + v * kLanes;
+      Vf x = acc[r][v];
+      if constexpr (kOutput == Output::kAdd) x = vadd(vload(to), x);
+      if constexpr (kOutput == Output::kRescaleAndAdd) x = vfma(vload(to), scale, x);
+      vstore(to, x);
+      if constexpr (kTrackMax) top = vmax(top, x);
     }
     if constexpr (kTrackMax) lane_max[v] = top;
   }
@@ -120,8 +118,8 @@ FASTATTN_FN void gemm_row_major(const char* a, int64_t a_stride, int64_t rows, c
   constexpr int R = row_major_rows(NV);
   for (int64_t r = 0; r < rows; r += R) {
     const int64_t first = r + R <= rows ? r : rows - R;
-    gemm_rows<Unit, kRowMajorA, R, NV, Init::kZero, kTrackMax>(a + first * a_stride, a_stride, b, b_stride, n,
-                                                               c + first * c_stride, c_stride, nullptr, lane_max);
+    gemm_rows<Unit, kRowMajorA, R, NV, Output::kReplace, kTrackMax>(a + first * a_stride, a_stride, b, b_stride, n,
+                                                                    c + first * c_stride, c_stride, nullptr, lane_max);
   }
 }
 
@@ -139,31 +137,31 @@ FASTATTN_FN void gemm_row_major_accumulate(const char* a, int64_t a_stride, int6
   for (int64_t r = 0; r < rows; r += R) {
     const UnitSpan units = span(r, r + R < rows ? R : rows - r);
     if (units.begin >= units.end) continue;
-    gemm_rows<Unit, kRowMajorA, R, NV, Init::kAccumulate>(a + r * a_stride + units.begin * 4, a_stride,
-                                                          b + units.begin * b_stride, b_stride, units.end - units.begin,
-                                                          c + r * c_stride, c_stride);
+    gemm_rows<Unit, kRowMajorA, R, NV, Output::kAdd>(a + r * a_stride + units.begin * 4, a_stride,
+                                                     b + units.begin * b_stride, b_stride, units.end - units.begin,
+                                                     c + r * c_stride, c_stride);
   }
 }
 
 // All `rows` rows of column-major A over the units that span(first_row, row_count) gives for each group. A and C have
 // padded_rows rows, a multiple of kColumnRows.
-template <class Unit, int NV, Init kInit, int R = column_major_rows(NV), class Span>
+template <class Unit, int NV, Output kOutput, int R = column_major_rows(NV), class Span>
 FASTATTN_FN void gemm_column_major(const char* a, int64_t a_stride, int64_t rows, int64_t padded_rows, const char* b,
                                    int64_t b_stride, float* c, int64_t c_stride, const float* lane_scale,
                                    const Span& span) {
   int64_t r = 0;
   for (; r < rows && r + R <= padded_rows; r += R) {
     const UnitSpan units = span(r, r + R < rows ? R : rows - r);
-    if (kInit == Init::kAccumulate && units.begin >= units.end) continue;
-    gemm_rows<Unit, kColumnMajorA, R, NV, kInit>(a + r * 4 + units.begin * a_stride, a_stride,
-                                                 b + units.begin * b_stride, b_stride, units.end - units.begin,
-                                                 c + r * c_stride, c_stride, lane_scale);
+    if (kOutput == Output::kAdd && units.begin >= units.end) continue;
+    gemm_rows<Unit, kColumnMajorA, R, NV, kOutput>(a + r * 4 + units.begin * a_stride, a_stride,
+                                                   b + units.begin * b_stride, b_stride, units.end - units.begin,
+                                                   c + r * c_stride, c_stride, lane_scale);
   }
   if constexpr (kColumnRows % column_major_rows(NV) != 0 && R > 2) {
     if (r < rows) {
       const auto rest = [&](int64_t first, int64_t count) { return span(r + first, count); };
-      gemm_column_major<Unit, NV, kInit, R - 2>(a + r * 4, a_stride, rows - r, padded_rows - r, b, b_stride,
-                                                c + r * c_stride, c_stride, lane_scale, rest);
+      gemm_column_major<Unit, NV, kOutput, R - 2>(a + r * 4, a_stride, rows - r, padded_rows - r, b, b_stride,
+                                                  c + r * c_stride, c_stride, lane_scale, rest);
     }
   }
 }
