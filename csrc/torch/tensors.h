@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 // torch's code of a dtype: an integer that only libtorch's own functions know how to name.
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   return code;
 }
 
