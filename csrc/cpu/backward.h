@@ -146,16 +146,19 @@ struct BackwardPanel {
         }
 #if FASTATTN_BF16_DOT
         else {
-          Vh g_half[2];
+          Vf w[2] = {vzero(), vzero()}, g[2] = {vzero(), vzero()};
 #pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
-            Vf w = vzero(), g = vzero();
-            if (c + h < end) gradient_at(at + h * kBlockRows, base[i], shift[i], inverse_sum[i], delta[i], &w, &g);
-            vhstore(scratch.s_half + at + h * kBlockRows, vnarrow(w));
-            g_half[h] = vnarrow(g);
-            vhstore(scratch.ds_half + at + h * kBlockRows, g_half[h]);
+            if (c + h < end) {
+              gradient_at(at + h * kBlockRows, base[i], shift[i], inverse_sum[i], delta[i], &w[h], &g[h]);
+            }
           }
-          vistore(scratch.ds_pairs + c / 2 * kBlockRows + lane0 + i * kLanes, vinterleave(g_half[0], g_half[1]));
+          const Vi weights = vnarrow(w[0], w[1]), gradients = vnarrow(g[0], g[1]);
+          vstore_low_half(scratch.s_half + at, weights);
+          vstore_high_half(scratch.s_half + at + kBlockRows, weights);
+          vstore_low_half(scratch.ds_half + at, gradients);
+          vstore_high_half(scratch.ds_half + at + kBlockRows, gradients);
+          vistore(scratch.ds_pairs + c / 2 * kBlockRows + lane0 + i * kLanes, vinterleave_halves(gradients));
         }
 #endif
       }

@@ -168,7 +168,7 @@ struct ForwardPanel {
             if constexpr (kDropout) w[h] = vmul(w[h], vload(dropout + (c + h) * kBlockRows + i * kLanes));
           }
           vistore(reinterpret_cast<uint32_t*>(s + c / 2 * kPanelRows + i * kLanes),
-                  vinterleave(vnarrow(w[0]), vnarrow(w[1])));
+                  vinterleave_halves(vnarrow(w[0], w[1])));
         }
       }
     }

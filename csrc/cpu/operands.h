@@ -99,7 +99,7 @@ struct Bf16Operands {
   }
   FASTATTN_FN Operand interleaved(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
     uint32_t* to = reinterpret_cast<uint32_t*>(copy);
-    interleave_rows(to, padded(columns), from, stride, rows, columns, padded(columns));
+    interleave_rows(to, padded(columns), from, stride, rows, columns);
     return {reinterpret_cast<const char*>(to), padded(columns) * 4};
   }
   FASTATTN_FN Operand broadcast_columns(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {

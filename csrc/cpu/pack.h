@@ -203,26 +203,19 @@ inline void copy_pairs(uint16_t* to, int64_t to_stride, const uint16_t* from, in
   }
 }
 
-// to[r / 2][c] = (from[r][c], from[r + 1][c]), with zeros for a missing last row and up to `padded_columns` (a multiple
-// of kLanes).
+// to[r / 2][c] = (from[r][c], from[r + 1][c]), with zeros for a missing last row and up to the next multiple of
+// 2 * kLanes columns.
 inline void interleave_rows(uint32_t* to, int64_t to_stride, const uint16_t* from, int64_t from_stride, int64_t rows,
-                            int64_t columns, int64_t padded_columns) {
-  alignas(64) static const uint16_t zeros[kLanes] = {};
+                            int64_t columns) {
   for (int64_t r = 0; r < rows; r += 2) {
     const uint16_t* low = from + r * from_stride;
     const bool has_high = r + 1 < rows;
-    const uint16_t* high = has_high ? low + from_stride : zeros;
-    int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) {
-      vistore(to + r / 2 * to_stride + c, vinterleave_rows_bf16(low + c, has_high ? high + c : zeros));
-    }
-    for (; c < padded_columns; c += kLanes) {
-      uint16_t low_part[kLanes] = {}, high_part[kLanes] = {};
-      for (int64_t l = 0; c + l < columns; ++l) {
-        low_part[l] = low[c + l];
-        if (has_high) high_part[l] = high[c + l];
-      }
-      vistore(to + r / 2 * to_stride + c, vinterleave_rows_bf16(low_part, high_part));
+    for (int64_t c = 0; c < columns; c += 2 * kLanes) {
+      Vi first, second;
+      vinterleave_rows(vload_pairs_first(low + c, columns - c),
+                       has_high ? vload_pairs_first(low + from_stride + c, columns - c) : viset(0), &first, &second);
+      vistore(to + r / 2 * to_stride + c, first);
+      vistore(to + r / 2 * to_stride + c + kLanes, second);
     }
   }
 }

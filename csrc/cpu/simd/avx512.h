@@ -136,17 +136,25 @@ FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
 // Two bfloat16 numbers in one 32-bit unit: acc + a.low * b.low + a.high * b.high.
 FASTATTN_FN Vf vdot_bf16(Vf acc, Vi a, Vi b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 
-// kLanes numbers rounded to bfloat16.
-using Vh = __m256i;
-FASTATTN_FN Vh vnarrow(Vf x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-FASTATTN_FN void vhstore(uint16_t* p, Vh x) { _mm256_storeu_si256((__m256i*)p, x); }
-// Lane i of the result holds (low[i], high[i]).
-FASTATTN_FN Vi vinterleave(Vh low, Vh high) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+// Two vectors rounded to bfloat16: `low` in the lower half of the register, `high` in the upper one.
+FASTATTN_FN Vi vnarrow(Vf low, Vf high) { return (Vi)_mm512_cvtne2ps_pbh(high, low); }
+FASTATTN_FN void vstore_low_half(uint16_t* p, Vi x) { _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(x)); }
+FASTATTN_FN void vstore_high_half(uint16_t* p, Vi x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_extracti64x4_epi64(x, 1));
 }
-// Rows of kLanes bfloat16 numbers: lane i holds (low[i], high[i]).
-FASTATTN_FN Vi vinterleave_rows_bf16(const uint16_t* low, const uint16_t* high) {
-  return vinterleave(_mm256_loadu_si256((const __m256i*)low), _mm256_loadu_si256((const __m256i*)high));
+
+alignas(64) const uint16_t kInterleaveHalves[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+alignas(64) const uint16_t kInterleaveLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+alignas(64) const uint16_t kInterleaveHigh[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                  24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+// Lane i of the result holds number i of the lower half and number i of the upper half.
+FASTATTN_FN Vi vinterleave_halves(Vi x) { return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaveHalves), x); }
+// Lanes i of the two results hold (low[i], high[i]), for 2 * kLanes numbers of two rows.
+FASTATTN_FN void vinterleave_rows(Vi low, Vi high, Vi* first, Vi* second) {
+  *first = _mm512_permutex2var_epi16(low, _mm512_load_si512(kInterleaveLow), high);
+  *second = _mm512_permutex2var_epi16(low, _mm512_load_si512(kInterleaveHigh), high);
 }
 // The first n (at most 2 * kLanes) bfloat16 numbers of a row as 32-bit pairs, zero beyond.
 FASTATTN_FN Vi vload_pairs_first(const uint16_t* p, int64_t n) {
