@@ -17,8 +17,9 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-// Keys of a tile at most: the tile (24 KB) stays in the first-level cache together with the operands that stream past.
-constexpr int64_t kMaxBlockKeys = 96;
+// Keys of a tile at most. The longer the block, the less often O is rescaled; beyond 192 nothing was gained. Against 96,
+// forward at L=2048, D=64: float32 87.0% -> 88.2% of the peak, bfloat16 79.5% -> 80.3%.
+constexpr int64_t kMaxBlockKeys = 192;
 // With a mask tensor, key blocks start on multiples of this, so that tiles that are empty in the mask are met whole.
 constexpr int64_t kMaskBlockKeys = 64;
 
