@@ -184,7 +184,8 @@ inline void finish_rows(const AttentionParams& p, const ForwardItem& item, const
   float* inverse_sum = scratch.rescale;
   for (int64_t r = 0; r < rows; r += kLanes) {
     Vf m = vload(scratch.row_max + r), l = vload(scratch.row_sum + r);
-    const Vm is_empty = vequal(m, vset(-__builtin_inff()));
+    // By the sum, which a NaN reaches; a maximum may have lost it to a later score.
+    const Vm is_empty = vequal(l, vzero());
     Vf weight = vset(kept);
     if (p.sinks != nullptr) {
       const Vf sink = vset(static_cast<const float*>(p.sinks)[item.hq]);
