@@ -57,7 +57,7 @@ FASTATTN_FN constexpr int row_major_rows(int vectors) {
 constexpr int kColumnRows = 8;
 FASTATTN_FN constexpr int column_major_rows(int vectors) {
   if (kPanelVectors == 2) return vectors == 1 ? 8 : 6;
-  return vectors <= 2 ? 8 : 4;
+  return vectors == 4 ? 4 : 8;
 }
 
 template <class Unit, bool kColumnMajor, int R, int NV, Output kOutput, bool kTrackMax = false>
@@ -116,11 +116,23 @@ template <class Unit, int NV, bool kTrackMax>
 FASTATTN_FN void gemm_row_major(const char* a, int64_t a_stride, int64_t rows, const char* b, int64_t b_stride,
                                 int64_t n, float* c, int64_t c_stride, Vf* lane_max) {
   constexpr int R = row_major_rows(NV);
-  for (int64_t r = 0; r < rows; r += R) {
-    const int64_t first = r + R <= rows ? r : rows - R;
-    gemm_rows<Unit, kRowMajorA, R, NV, Output::kReplace, kTrackMax>(a + first * a_stride, a_stride, b, b_stride, n,
-                                                                    c + first * c_stride, c_stride, nullptr, lane_max);
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    gemm_rows<Unit, kRowMajorA, R, NV, Output::kReplace, kTrackMax>(a + r * a_stride, a_stride, b, b_stride, n,
+                                                                    c + r * c_stride, c_stride, nullptr, lane_max);
   }
+  if (r == rows) return;
+  // Tiles under a mask tensor have 64 keys: ten groups of six, and four.
+  constexpr int kRest = 4;
+  if constexpr (R == 6) {
+    if (rows - r == kRest) {
+      return gemm_rows<Unit, kRowMajorA, kRest, NV, Output::kReplace, kTrackMax>(
+          a + r * a_stride, a_stride, b, b_stride, n, c + r * c_stride, c_stride, nullptr, lane_max);
+    }
+  }
+  r = rows - R;
+  gemm_rows<Unit, kRowMajorA, R, NV, Output::kReplace, kTrackMax>(a + r * a_stride, a_stride, b, b_stride, n,
+                                                                  c + r * c_stride, c_stride, nullptr, lane_max);
 }
 
 // The part [begin, end) of a contraction, in units, that a group of rows needs.

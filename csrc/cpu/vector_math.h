@@ -9,8 +9,7 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896340736f;
 
-// 2^t for t <= 127. Below 2^-126, float32's least normal number, it is exactly 0: masked weights must vanish, since what
-// they multiply may be anything. NaN stays NaN. Minimax polynomials on [-1/2, 1/2] whose constant is exactly 1, so that
+// 2^t for t <= 127. From t = -127 on downwards it is exactly 0: masked weights must vanish. NaN stays NaN. Minimax polynomials on [-1/2, 1/2] whose constant is exactly 1, so that
 // the weight of a row's maximum is 1: degree 5 is good to 1 ulp; degree 3, to 1e-4, serves weights that are rounded to
 // bfloat16 (4e-3).
 template <int kDegree>
@@ -18,6 +17,8 @@ FASTATTN_FN Vf vexp2(Vf t) {
   static_assert(kDegree == 3 || kDegree == 5, "there are polynomials of degree 3 and 5");
   // Adding 1.5 * 2^23 rounds t to an integer n and leaves n in the low bits. Rounding by addition and scaling by integer
   // operations spare the multiply-add units, which the matrix products need.
+  // At t = -127 that leaves the bits of 1 minus as many, which is 0.
+  t = vmax(vset(-127.0f), t);
   const Vf magic = vset(12582912.0f);
   const Vf shifted = vadd(t, magic);
   const Vf f = vsub(t, vsub(shifted, magic));
@@ -34,7 +35,7 @@ FASTATTN_FN Vf vexp2(Vf t) {
     y = vfma(y, f, vset(0.6931465864181519f));
   }
   y = vfma(y, f, vset(1.0f));
-  return vadd_exponent(y, shifted, t);
+  return vadd_exponent(y, shifted);
 }
 
 FASTATTN_FN Vf vexp(Vf x) { return vexp2<5>(vmul(x, vset(kLog2e))); }

@@ -30,10 +30,9 @@ FASTATTN_FN Vf vfma(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
 FASTATTN_FN Vf vmax(Vf a, Vf b) { return _mm256_max_ps(a, b); }
 FASTATTN_FN Vf vmin(Vf a, Vf b) { return _mm256_min_ps(a, b); }
 FASTATTN_FN Vf vabs(Vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted, Vf t) {
-  const __m256 is_normal = _mm256_cmp_ps(t, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted) {
   const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-  return _mm256_and_ps(is_normal, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), n)));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), n));
 }
 FASTATTN_FN float vreduce_add(Vf a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -73,6 +72,15 @@ FASTATTN_FN void vimul_wide(Vi a, Vi b, Vi* high, Vi* low) {
   const Vi odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
   *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
   *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+}
+
+FASTATTN_FN uint64_t nonzero_bytes(const uint8_t* p) {
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i low = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i*)p), zero);
+  const __m256i high = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i*)(p + 32)), zero);
+  const uint64_t zeros = static_cast<uint32_t>(_mm256_movemask_epi8(low)) |
+                         static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(high))) << 32;
+  return ~zeros;
 }
 
 FASTATTN_FN __m256i first_lanes(int64_t n) {

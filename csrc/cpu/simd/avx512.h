@@ -35,10 +35,9 @@ FASTATTN_FN Vf vfma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
 FASTATTN_FN Vf vmax(Vf a, Vf b) { return _mm512_max_ps(a, b); }
 FASTATTN_FN Vf vmin(Vf a, Vf b) { return _mm512_min_ps(a, b); }
 FASTATTN_FN Vf vabs(Vf a) { return _mm512_abs_ps(a); }
-FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted, Vf t) {
-  const __mmask16 is_normal = _mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted) {
   const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(is_normal, _mm512_castps_si512(y), n));
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), n));
 }
 FASTATTN_FN float vreduce_add(Vf a) { return _mm512_reduce_add_ps(a); }
 FASTATTN_FN float vreduce_max(Vf a) { return _mm512_reduce_max_ps(a); }
@@ -65,6 +64,12 @@ FASTATTN_FN void vimul_wide(Vi a, Vi b, Vi* high, Vi* low) {
   const Vi odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
   *low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
   *high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+}
+
+// Bit t of the result: is p[t] nonzero, for t < 64.
+FASTATTN_FN uint64_t nonzero_bytes(const uint8_t* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return _mm512_test_epi8_mask(x, x);
 }
 
 FASTATTN_FN Vm first_lanes(int64_t n) { return n >= kLanes ? Vm(0xFFFF) : static_cast<Vm>((1u << n) - 1u); }

@@ -61,11 +61,8 @@ FASTATTN_FN void vistore(uint32_t* p, Vi x) { memcpy(p, &x, sizeof x); }
 FASTATTN_FN Vf vbits_as_float(Vi a) { return (Vf)a; }
 FASTATTN_FN Vi vbits_as_int(Vf a) { return (Vi)a; }
 
-// y * 2^n, where the low bits of `shifted` hold n, and 0 where t < -126; y is near 1, and n at most 127.
-FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted, Vf t) {
-  const Vm is_tiny = t < vset(-126.0f);
-  return (Vf)(((Vi)y + ((Vi)shifted << 23)) & ~(Vi)is_tiny);
-}
+// y * 2^n for y near 1, where the low bits of `shifted` hold n.
+FASTATTN_FN Vf vadd_exponent(Vf y, Vf shifted) { return (Vf)((Vi)y + ((Vi)shifted << 23)); }
 
 FASTATTN_FN float vreduce_add(Vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 FASTATTN_FN float vreduce_max(Vf a) {
@@ -80,6 +77,20 @@ FASTATTN_FN void vimul_wide(Vi a, Vi b, Vi* high, Vi* low) {
     (*high)[l] = static_cast<uint32_t>(product >> 32);
     (*low)[l] = static_cast<uint32_t>(product);
   }
+}
+
+// Bit t of the result: is p[t] nonzero, for t < 64.
+FASTATTN_FN uint64_t nonzero_bytes(const uint8_t* p) {
+  uint64_t bits = 0;
+  for (int t = 0; t < 64; t += 8) {
+    uint64_t bytes;
+    memcpy(&bytes, p + t, sizeof bytes);
+    // The top bit of each byte becomes "nonzero"; the product gathers the eight of them in the top byte.
+    const uint64_t high = 0x8080808080808080u;
+    const uint64_t flags = (((bytes & ~high) + ~high) | bytes) & high;
+    bits |= (((flags >> 7) * 0x0102040810204080u) >> 56) << t;
+  }
+  return bits;
 }
 
 // The first n lanes (all, when n is larger); the rest is zero, and is not read or written in memory.
