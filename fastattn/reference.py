@@ -7,7 +7,7 @@ For batch b, query head h, query row i and key j, with G = Hq / Hkv query heads 
     p[i, j] = exp(s[i, j] - lse[i]) for a visible j, else 0
     o[i]    = sum over j of keep[i, j] / (1 - dropout_p) * p[i, j] * v[b, h / G, j]
 
-where n is the number of keys that sequence b has: kv_lengths[b], or Lk without kv_lengths. Key j is visible to row i when
+where n is the number of keys of sequence b: kv_lengths[b], or Lk without kv_lengths. Key j is visible to row i when
 
     j < n                                        it exists,
     mask[b, h, i, j] is True                     the mask keeps it,
@@ -19,7 +19,7 @@ a causal row has right = 0 whatever the window says, and without a window left (
 sees no key has o = 0, lse = -inf, and every gradient through it is 0, with or without a sink. The lse includes the
 sink, and dropout leaves it alone. Keys and values beyond kv_lengths are never used: NaN there goes nowhere.
 
-With `dtype=torch.float64` these functions are the oracle of the test suite. With `dtype=None` they compute in the inputs'
+With `dtype=torch.float64` these functions are the tests' oracle. With `dtype=None` they compute in the inputs'
 own dtype, as a person would write it in PyTorch: every intermediate result is rounded to it. That is the baseline
 which the kernels have to match in accuracy. Both can be differentiated twice, and no mask makes a gradient NaN.
 
@@ -91,7 +91,7 @@ def _for_query_heads(x: Tensor, Hq: int) -> Tensor:
 
 
 def _alibi(slopes: Tensor, Lq: int, Lk: int, kv_lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """-slope * |i + n - Lq - j|, (1 or B, Hq, Lq, Lk). Rounded to dtype once: a bfloat16 distance is wrong beyond 256."""
+    """-slope * |i + n - Lq - j|, (1 or B, Hq, Lq, Lk). Rounded to dtype once: a bfloat16 distance errs beyond 256."""
     i = torch.arange(Lq, device=slopes.device).view(1, 1, Lq, 1)
     j = torch.arange(Lk, device=slopes.device).view(1, 1, 1, Lk)
     distance = (i + _diagonal_offset(Lq, Lk, False, kv_lengths) - j).abs()
@@ -144,7 +144,7 @@ def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         # The sink is one more column of scores, whose weight is thrown away.
         s = torch.cat([s, sinks.to(s.dtype).view(1, -1, 1, 1).expand(*s.shape[:-1], 1)], dim=-1)
     p = torch.softmax(s, dim=-1)[..., :Lk].masked_fill(blind, 0)
-    # torch.logsumexp differentiates as exp(s - lse). In a row hidden by a finite value as large as -1e38, lse has lost the
+    # torch.logsumexp differentiates as exp(s - lse). In a row hidden by a finite value like -1e38, lse has lost the
     # logarithm, and that is 1 for each of its keys, where 1 / (number of keys) is right. So the maximum stays apart.
     m = s.amax(dim=-1, keepdim=True).detach() if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
     lse = ((s - m).exp().sum(dim=-1).log() + m.squeeze(-1)).masked_fill(blind.squeeze(-1), -math.inf)
@@ -166,7 +166,7 @@ def weights(
     kv_lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The probabilities p, (B, Hq, Lq, Lk), before dropout. A row sums to 1, to less with a sink, to 0 if it is blind."""
+    """The probabilities p, (B, Hq, Lq, Lk), before dropout. A row sums to 1, less with a sink, 0 if it is blind."""
     s = scores(
         q,
         k,
@@ -184,7 +184,7 @@ def weights(
 
 
 def dropped(p: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
-    """p with the weights that are not in `keep` (bool, p's shape) dropped, and the others scaled up to make up for it."""
+    """p with the weights not in `keep` (bool, p's shape) dropped, and the others scaled up to make up for it."""
     if dropout_p >= 1:
         return p * 0
     return (p / (1 - dropout_p)).masked_fill(~keep, 0)
@@ -220,8 +220,9 @@ def attention(
         alibi_slopes: (Hq,) or (B, Hq). sinks: (Hq,). kv_lengths: (B,), integers.
         dropout_keep: bool, (B, Hq, Lq, Lk), the weights that dropout leaves; needed when dropout_p > 0.
         dtype: what to compute in; None is q's dtype.
+
     Returns:
-        o (B, Hq, Lq, Dv), and with return_lse also lse (B, Hq, Lq), both in the dtype computed in (the lse in float32 if
+        o (B, Hq, Lq, Dv), and with return_lse also lse (B, Hq, Lq), both in the dtype computed in (lse in float32 if
         a float32 bias promotes 16-bit scores).
     """
     s = scores(

@@ -180,6 +180,24 @@ int64_t broadcast_elements(const AttentionParams& p, const int64_t (&stride)[4])
   return elements;
 }
 
+// With one query per head, the query heads that share a key head become the rows of one: they then share each read of its
+// keys, and fill the lanes. Only where nothing but the length tells heads and rows apart.
+AttentionParams heads_as_rows(const AttentionParams& p) {
+  const bool sees_all = p.causal != Causal::kTopLeft && p.window_left == kUnlimited && p.window_right == kUnlimited;
+  const bool is_plain =
+      p.bias == nullptr && p.mask == nullptr && p.alibi_slopes == nullptr && p.sinks == nullptr && p.dropout_p == 0.0;
+  if (p.Lq != 1 || p.Hq == p.Hkv || !sees_all || !is_plain) return p;
+  AttentionParams joined = p;
+  joined.Lq = p.Hq / p.Hkv;
+  joined.Hq = p.Hkv;
+  joined.causal = Causal::kNone;  // the last query of a sequence sees every key
+  joined.q_stride[2] = p.q_stride[1];
+  joined.q_stride[1] = p.q_stride[1] * joined.Lq;
+  joined.o_stride[2] = p.o_stride[1];
+  joined.o_stride[1] = p.o_stride[1] * joined.Lq;
+  return joined;
+}
+
 // Zeroes dk or dv, which keys without any query head have too.
 void zero_rows(const AttentionParams& p, void* rows, const int64_t (&stride)[3], int64_t columns) {
   const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
@@ -195,9 +213,10 @@ void zero_rows(const AttentionParams& p, void* rows, const int64_t (&stride)[3],
 
 }  // namespace
 
-void attention_forward(const AttentionParams& p, const Parallel& parallel) {
-  if (p.dtype == DType::kFloat64) return plain_forward_f64(p, parallel);
-  if (p.B * p.Hq * p.Lq == 0) return;
+void attention_forward(const AttentionParams& params, const Parallel& parallel) {
+  if (params.dtype == DType::kFloat64) return plain_forward_f64(params, parallel);
+  if (params.B * params.Hq * params.Lq == 0) return;
+  const AttentionParams p = heads_as_rows(params);
   const KernelTable& table = kernel_table();
   const RowBlocks rows(p.Lq);
   const int64_t items = p.B * p.Hq * rows.blocks;

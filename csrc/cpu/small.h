@@ -5,7 +5,6 @@
 // semantics are those of core/params.h, all of them.
 #pragma once
 
-#include <math.h>
 #include <string.h>
 
 #include "core/mask.h"
@@ -73,7 +72,7 @@ inline void small_scores(const AttentionParams& p, const MaskGeometry& g, int64_
       }
       float x = scale * dot<Element>(q, row_at<const Raw>(p.k, p.k_stride, b, hkv, j), p.D);
       if (cap != 0.0f) {
-        t.tanh[at] = ::tanhf(x / cap);
+        t.tanh[at] = vreduce_max(vtanh(vset(x / cap)));
         x = softcap_value(t.tanh[at], cap);
       }
       if (p.bias != nullptr) {
