@@ -246,13 +246,7 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
   const int64_t rows = item.i1 - item.i0;
   const int vectors = static_cast<int>((rows + kLanes - 1) / kLanes);
 
-  // o is written last: with short ranges of keys, waiting for its lines would be a sizeable part of the time.
-  constexpr int64_t kElement = sizeof(Raw);
   const Raw* q = row_at<const Raw>(p.q, p.q_stride, item.b, item.hq, item.i0);
-  prefetch_rows<0>(q, p.q_stride[2] * kElement, rows, p.D * kElement);
-  prefetch_rows<1>(row_at<Raw>(p.o, p.o_stride, item.b, item.hq, item.i0), p.o_stride[2] * kElement, rows,
-                   p.Dv * kElement);
-
   // Float arithmetic folds the scale into Q; bfloat16 operands stay what they are.
   const float scale = static_cast<float>(p.scale);
   Operands::transposed(scratch.qt, q, p.q_stride[2], rows, p.D, scale);

@@ -46,15 +46,6 @@ FASTATTN_FN Raw* row_at(const void* base, const int64_t (&stride)[3], int64_t b,
   return const_cast<Raw*>(static_cast<const Raw*>(base)) + b * stride[0] + h * stride[1] + row * stride[2];
 }
 
-// Asks for rows that will be read (or written) a while later.
-template <int kForWriting>
-inline void prefetch_rows(const void* from, int64_t stride_bytes, int64_t rows, int64_t row_bytes) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const char* row = static_cast<const char*>(from) + r * stride_bytes;
-    for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(row + at, kForWriting);
-  }
-}
-
 // Walks over scratch memory; every piece starts on a cache line.
 struct Arena {
   char* at;
