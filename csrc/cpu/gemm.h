@@ -47,7 +47,6 @@ constexpr bool kRowMajorA = false, kColumnMajorA = true;
 
 // Rows of A that keep about 24 (of 32) or 12 (of 16) accumulators busy: enough to hide the latency of a multiply-add,
 // and the more rows, the fewer loads of B.
-constexpr int kMaxPanelVectors = 4;
 FASTATTN_FN constexpr int row_major_rows(int vectors) {
   if (kPanelVectors == 2) return vectors == 1 ? 8 : 6;
   return vectors == 1 || vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
