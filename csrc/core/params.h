@@ -39,13 +39,16 @@ struct AttentionParams {
   const void* alibi_slopes = nullptr;  // [B, Hq], accumulator type
   int64_t alibi_stride[2] = {};
   const void* sinks = nullptr;          // [Hq], contiguous, accumulator type
-  const int32_t* kv_lengths = nullptr;  // [B], contiguous, 0 <= kv_lengths[b] <= Lk
+  const int32_t* kv_lengths = nullptr;  // [B], contiguous; values beyond [0, Lk] count as the nearest within
 
   Causal causal = Causal::kNone;
   int64_t window_left = kUnlimited, window_right = kUnlimited;
 
   double dropout_p = 0.0;  // in [0, 1]
   uint64_t seed = 0, offset = 0;
+  // The CUDA engine alone: (seed, offset) in device memory, contiguous, in place of the two numbers above. The host does
+  // not know them: to fetch them would wait for the device, and a captured CUDA graph would replay one mask for ever.
+  const int64_t* rng_state = nullptr;
 
   // Results. lse, row_max and row_sum are contiguous [B, Hq, Lq] in the accumulator type; a null pointer is not written.
   // row_max and row_sum stay apart because lse = row_max + log(row_sum) loses log(row_sum) once row_max is as large as
