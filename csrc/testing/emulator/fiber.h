@@ -1,0 +1,128 @@
+// Fibers: stacks, and the switch from one to another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#include <ucontext.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#define FASTATTN_FIBER_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FASTATTN_FIBER_ASAN 1
+#endif
+#endif
+#if defined(FASTATTN_FIBER_ASAN)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace fastattn::emulator {
+
+// One computation, while it does not run.
+struct Context {
+#if defined(__x86_64__) || defined(__aarch64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t registers;
+#endif
+#if defined(FASTATTN_FIBER_ASAN)
+  const void* stack_bottom = nullptr;
+  size_t stack_bytes = 0;
+  void* fake_stack = nullptr;
+#endif
+};
+
+// AddressSanitizer keeps the bounds of the current stack, and the frames that it moved off it.
+#if defined(FASTATTN_FIBER_ASAN)
+inline thread_local Context* left_context = nullptr;
+[[gnu::noinline]] inline void announce_switch(Context& from, Context& to) {
+  left_context = &from;
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_bytes);
+}
+[[gnu::noinline]] inline void arrive_from_switch(Context& here) {
+  __sanitizer_finish_switch_fiber(here.fake_stack, &left_context->stack_bottom, &left_context->stack_bytes);
+}
+#else
+inline void announce_switch(Context&, Context&) {}
+inline void arrive_from_switch(Context&) {}
+#endif
+
+// Leaves `from` and goes on with `to`; returns when something switches back to `from`. Written inline, and with jumps:
+// no call and return around it means that the processor predicts, lane after lane, the return that does follow.
+[[gnu::always_inline]] inline void switch_context(Context& from, Context& to) {
+  announce_switch(from, to);
+#if defined(__x86_64__)
+  void* save = &from.stack_pointer;
+  void* load = to.stack_pointer;
+  asm volatile(
+      "leaq -128(%%rsp), %%rsp\n\t"  // past the red zone
+      "pushq %%rbp\n\t"
+      "leaq 1f(%%rip), %%rax\n\t"
+      "pushq %%rax\n\t"
+      "movq %%rsp, (%%rdi)\n\t"
+      "movq %%rsi, %%rsp\n\t"
+      "popq %%rax\n\t"
+      "jmp *%%rax\n"
+      "1:\n\t"
+      "popq %%rbp\n\t"
+      "leaq 128(%%rsp), %%rsp\n\t"
+      : "+D"(save), "+S"(load)
+      :
+      : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1", "xmm2",
+        "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15",
+        "memory", "cc");
+#elif defined(__aarch64__)
+  register void* save asm("x0") = &from.stack_pointer;
+  register void* load asm("x1") = to.stack_pointer;
+  asm volatile(
+      "adr x9, 1f\n\t"
+      "stp x29, x9, [sp, #-16]!\n\t"
+      "mov x10, sp\n\t"
+      "str x10, [x0]\n\t"
+      "mov sp, x1\n\t"
+      "ldp x29, x9, [sp], #16\n\t"
+      "br x9\n"
+      "1:\n\t"
+      : "+r"(save), "+r"(load)
+      :
+      : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17", "x19",
+        "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "x30", "v0", "v1", "v2", "v3", "v4", "v5", "v6",
+        "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22",
+        "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31", "memory", "cc");
+#else
+  swapcontext(&from.registers, &to.registers);
+#endif
+  arrive_from_switch(from);
+}
+
+// Makes `context` one that starts with main(), which never returns, on the given stack. main() begins with
+// arrive_from_switch().
+inline void prepare_context(Context& context, unsigned char* stack, size_t stack_bytes, void (*main)()) {
+  const uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + stack_bytes) & ~uintptr_t(15);
+#if defined(__x86_64__)
+  auto** slots = reinterpret_cast<void**>(top - 32);
+  slots[0] = reinterpret_cast<void*>(main);
+  slots[1] = nullptr;  // where main()'s return address would be
+  context.stack_pointer = slots;
+#elif defined(__aarch64__)
+  auto** slots = reinterpret_cast<void**>(top - 32);
+  slots[0] = nullptr;
+  slots[1] = reinterpret_cast<void*>(main);
+  context.stack_pointer = slots;
+#else
+  getcontext(&context.registers);
+  context.registers.uc_stack.ss_sp = stack;
+  context.registers.uc_stack.ss_size = top - reinterpret_cast<uintptr_t>(stack);
+  context.registers.uc_link = nullptr;
+  makecontext(&context.registers, main, 0);
+#endif
+#if defined(FASTATTN_FIBER_ASAN)
+  context.stack_bottom = stack;
+  context.stack_bytes = stack_bytes;
+#endif
+}
+
+}  // namespace fastattn::emulator
