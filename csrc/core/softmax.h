@@ -17,7 +17,9 @@ struct SoftmaxState {
 // exp(m - base) where m = -inf weighs nothing, also against base = -inf, for which the difference would be NaN.
 template <class Real>
 FASTATTN_FN Real softmax_weight(Real m, Real base) {
-  return m == -Real(INFINITY) ? Real(0) : static_cast<Real>(exp(static_cast<double>(m - base)));
+  if (m == -Real(INFINITY)) return Real(0);
+  if constexpr (sizeof(Real) == sizeof(float)) return expf(m - base);
+  return static_cast<Real>(exp(static_cast<double>(m - base)));
 }
 
 template <class Real>
@@ -36,6 +38,7 @@ FASTATTN_FN SoftmaxState<Real> softmax_add_sink(SoftmaxState<Real> state, Real s
 template <class Real>
 FASTATTN_FN Real softmax_lse(SoftmaxState<Real> state) {
   if (state.m == -Real(INFINITY)) return state.m;
+  if constexpr (sizeof(Real) == sizeof(float)) return state.m + logf(state.l);
   return state.m + static_cast<Real>(log(static_cast<double>(state.l)));
 }
 

@@ -1,0 +1,335 @@
+// Attention, forward: o, lse and the row statistics, in one pass over the keys with an online softmax.
+//
+//   s = modify(scale * q k^T)      p = exp(s - m)      o = dropout(p) v / l      m, l: row maximum and sum so far
+//
+// (Dao, "FlashAttention-2", 2023, algorithm 1, section 3.1; Milakov and Gimelshein, 2018, for the online softmax.)
+//
+// One CTA = kBlockM rows of one (batch, head), and with splits one part of their keys. A warp owns kBlockM / kWarps whole
+// rows: no row is shared, so that the softmax needs no shared memory. q stays in shared memory; k and v take turns with
+// one tile each, so that a tile of v arrives while scores are computed and the next tile of k while v is used.
+// Keys are walked from the last tile to the first: the masked ones at a causal diagonal come first.
+//
+// Without modifiers (score.cuh: has_modifiers) m is the maximum of the raw products, and p one multiply-add and one exp2.
+// With them m is the maximum of the scores, and p = exp2((s - m) log2(e)): a bias of finfo.min times log2(e) would be
+// -inf, and a row full of it would be taken for one that sees nothing.
+#pragma once
+
+#include "cuda/finish.cuh"
+#include "cuda/gemm.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/score.cuh"
+
+namespace fastattn::cuda {
+
+struct ForwardParams {
+  AttentionParams attention;
+  ScoreConstants constants;
+  int packed_heads = 1;  // query heads in one tile: 1, or all that share their keys
+  int row_blocks = 1;    // tiles of rows for each (batch, head or group of heads)
+  int splits = 1;        // parts into which the keys of a tile are split
+  bool is_aligned_q = false, is_aligned_k = false, is_aligned_v = false, is_aligned_o = false;
+
+  // With splits > 1, what each part has found: sums over its keys, not divided by anything.
+  float* partial_o = nullptr;  // [splits, B, Hq, Lq, Dv]
+  float* partial_m = nullptr;  // [splits, B, Hq, Lq], of scores
+  float* partial_l = nullptr;  // [splits, B, Hq, Lq]
+};
+
+template <DType kType_, int kDim_, int kBlockM_, int kBlockN_, int kWarps_, bool kModified_, bool kSwizzled = true>
+struct ForwardKernel {
+  using Params = ForwardParams;
+  static constexpr DType kType = kType_;
+  static constexpr int kDim = kDim_, kBlockM = kBlockM_, kBlockN = kBlockN_, kWarps = kWarps_;
+  static constexpr bool kModified = kModified_;
+  static constexpr const char* kName = "attention_forward";
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBytes = kElementBytes<kType>;
+
+  using TileQ = Tile<kType, kBlockM, kDim, kSwizzled>;
+  using TileKV = Tile<kType, kBlockN, kDim, kSwizzled>;
+  static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileKV::kBytes;
+  // As many CTAs as fit on a multiprocessor of 227 KB should fit by registers as well, up to 255 for each thread.
+  static constexpr int kMinBlocks = kWarps <= 4 && 2 * kSharedBytes <= 200 * 1024 ? 2 : 1;
+
+  static constexpr int kM = kBlockM / kWarps / 16;  // 16-row tiles of a warp
+  static constexpr int kN = kBlockN / 8;            // 8-key tiles
+  static constexpr int kD = kDim / 8;
+  static constexpr int kRows = 2 * kM;  // rows of which a lane holds a part
+  static_assert(kBlockM == 16 * kM * kWarps && kBlockN % 16 == 0 && kDim % 32 == 0);
+
+  // A multiply-add rounds m log2(e): too much for large biases, and more than float32 results should bear.
+  static constexpr bool kExactDifference = kModified || kType == DType::kFloat32;
+
+  // Element e of the accumulator tile i of a warp belongs to row n = 2 i + e / 2 of the lane.
+  struct Rows {
+    int first;  // row 0 of the lane, among all rows of the (batch, head)
+    float m[kRows], l[kRows];
+
+    FASTATTN_ALWAYS_INLINE int r(int n) const { return first + 16 * (n / 2) + 8 * (n % 2); }
+  };
+
+  FASTATTN_DEVICE void run(const Params& p) {
+    const AttentionParams& a = p.attention;
+    const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
+
+    // Tiles of one (batch, head) are neighbours, so that its keys stay in L2; those with the most keys start first.
+    int64_t block = block_index();
+    const int row_block = p.row_blocks - 1 - static_cast<int>(block % p.row_blocks);
+    block /= p.row_blocks;
+    const int split = static_cast<int>(block % p.splits);
+    block /= p.splits;
+    const int heads = static_cast<int>(a.Hq) / p.packed_heads;
+    const int b = static_cast<int>(block / heads);
+    const QueryRows rows = {static_cast<int>(block % heads) * p.packed_heads, p.packed_heads};
+    const int hkv = rows.first_head / static_cast<int>(a.Hq / a.Hkv);
+
+    const int all_rows = static_cast<int>(a.Lq) * p.packed_heads;
+    const int r0 = row_block * kBlockM;
+    const int block_rows = all_rows - r0 < kBlockM ? all_rows - r0 : kBlockM;
+    const MaskGeometry geometry = mask_geometry(a, b);
+    const TileRange keys = key_range(geometry, rows.query(r0), rows.query(r0 + block_rows - 1) + 1);
+    const int full_begin = static_cast<int>(keys.full_begin), full_end = static_cast<int>(keys.full_end);
+    int n_begin = static_cast<int>(keys.begin / kBlockN);
+    int n_end = keys.end > keys.begin ? static_cast<int>((keys.end + kBlockN - 1) / kBlockN) : n_begin;
+    const int tiles_per_split = (n_end - n_begin + p.splits - 1) / p.splits;
+    n_begin += split * tiles_per_split;
+    n_end = n_end < n_begin + tiles_per_split ? n_end : n_begin + tiles_per_split;
+
+    const SharedAddress q_tile = shared_base(), k_tile = q_tile + TileQ::kBytes, v_tile = k_tile + TileKV::kBytes;
+    const int key_count = static_cast<int>(geometry.Lk);
+    const auto load_k = [&](int n) {
+      const auto k_rows = RowPointer<kBytes>::make(a.k, a.k_stride, b, opaque(hkv));
+      load_tile<TileKV, kThreads>(
+          k_tile, [&](int row) { return k_rows.at(n * kBlockN + row); }, key_count - n * kBlockN,
+          static_cast<int>(a.D), p.is_aligned_k);
+      cp_async_commit();
+    };
+    const auto load_v = [&](int n) {
+      const auto v_rows = RowPointer<kBytes>::make(a.v, a.v_stride, b, opaque(hkv));
+      load_tile<TileKV, kThreads>(
+          v_tile, [&](int row) { return v_rows.at(n * kBlockN + row); }, key_count - n * kBlockN,
+          static_cast<int>(a.Dv), p.is_aligned_v);
+      cp_async_commit();
+    };
+
+    Rows state;
+    state.first = r0 + warp * 16 * kM + (lane >> 2);
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      state.m[n] = -kInfinity;
+      state.l[n] = 0.0f;
+    }
+    float o[kM][kD][4];
+    set_zero(o);
+
+    if (n_begin < n_end) {
+      const auto q_row = [&](int row) {
+        const auto head = RowPointer<kBytes>::make(a.q, a.q_stride, b, rows.head(r0 + row));
+        return head.at(rows.query(r0 + row));
+      };
+      load_tile<TileQ, kThreads>(q_tile, q_row, block_rows, static_cast<int>(a.D), p.is_aligned_q);
+      load_k(n_end - 1);
+    }
+    const SharedAddress q_fragment = a_fragment_address<TileQ>(q_tile, lane) + warp * 16 * kM * TileQ::kRowBytes;
+    const SharedAddress k_fragment = b_fragment_address<TileKV>(k_tile, lane);
+    const SharedAddress v_fragment = bt_fragment_address<TileKV>(v_tile, lane);
+
+    for (int n = n_end - 1; n >= n_begin; --n) {
+      cp_async_wait<0>();
+      sync_block();  // k (and q) have arrived; v of the tile before has been used by all
+      load_v(n);
+
+      float s[kM][kN][4];
+      set_zero(s);
+      gemm_nt<TileQ, TileKV>(s, q_fragment, k_fragment);
+      const int j0 = n * kBlockN;
+      const bool is_full = j0 >= full_begin && j0 + kBlockN <= full_end;
+      if constexpr (kModified) {
+        modify(s, p, rows, state, geometry, b, j0, lane);
+      } else if (!is_full) {
+        hide(s, rows, state, geometry, j0, lane);
+      }
+
+      cp_async_wait<0>();
+      sync_block();  // v has arrived; k has been used by all
+      if (n > n_begin) load_k(n - 1);
+
+      update_softmax(s, o, state, p.constants);
+      if constexpr (kModified) {
+        if (p.constants.has_dropout) drop(s, p, rows, state, b, j0);
+      }
+      gemm_rn<TileKV>(o, s, v_fragment);
+    }
+
+    finish_sums(state, p.constants);
+    if (p.splits > 1) {
+      write_partial(o, state, p, rows, b, split, all_rows, lane);
+    } else {
+      write_results(o, state, p, rows, b, r0, block_rows, q_tile, warp, lane);
+    }
+  }
+
+  // Scores of keys outside of the rows' intervals become -inf.
+  FASTATTN_DEVICE void hide(float (&s)[kM][kN][4], QueryRows rows, const Rows& state, const MaskGeometry& geometry,
+                            int j0, int lane) {
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      const RowInterval seen = row_interval(geometry, rows.query(state.r(n)));
+#pragma unroll
+      for (int tile = 0; tile < kN; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int j = j0 + 8 * tile + 2 * (lane & 3) + e;
+          float& x = s[n / 2][tile][2 * (n % 2) + e];
+          if (j < seen.lo || j >= seen.hi) x = -kInfinity;
+        }
+      }
+    }
+  }
+
+  // Raw products become scores.
+  FASTATTN_DEVICE void modify(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state,
+                              const MaskGeometry& geometry, int b, int j0, int lane) {
+    const int last_row = static_cast<int>(p.attention.Lq) * rows.heads - 1;
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      const int r = state.r(n) < last_row ? state.r(n) : last_row;  // rows beyond the last compute what nobody reads
+      const int i = rows.query(r), h = rows.head(r);
+      const RowInterval seen = row_interval(geometry, i);
+#pragma unroll
+      for (int tile = 0; tile < kN; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int j = j0 + 8 * tile + 2 * (lane & 3) + e;
+          float& x = s[n / 2][tile][2 * (n % 2) + e];
+          x = j < seen.lo || j >= seen.hi
+                  ? -kInfinity
+                  : modified(p.attention, geometry, capped(p.constants, x).value, b, h, i, j);
+        }
+      }
+    }
+  }
+
+  // Scores become weights relative to the new maximum; what was summed so far is brought to it as well.
+  FASTATTN_DEVICE void update_softmax(float (&s)[kM][kN][4], float (&o)[kM][kD][4], Rows& state,
+                                      const ScoreConstants& constants) {
+    const float log2_factor = kModified ? kLog2E : constants.scale_log2;
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      float m = state.m[n];
+#pragma unroll
+      for (int tile = 0; tile < kN; ++tile) {
+        m = fmaxf(m, fmaxf(s[n / 2][tile][2 * (n % 2)], s[n / 2][tile][2 * (n % 2) + 1]));
+      }
+      m = fmaxf(m, shuffle_xor(m, 1));
+      m = fmaxf(m, shuffle_xor(m, 2));
+      // m = -inf: the row has seen nothing. Any finite number does as a base then, and -inf itself would give NaN.
+      const float base = m == -kInfinity ? 0.0f : m;
+      const float rescale = exp2_approx((state.m[n] - base) * log2_factor);
+      state.m[n] = m;
+      const float scaled_base = base * log2_factor;
+      float sum = 0.0f;
+#pragma unroll
+      for (int tile = 0; tile < kN; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[n / 2][tile][2 * (n % 2) + e];
+          x = exp2_approx(kExactDifference ? (x - base) * log2_factor : x * log2_factor - scaled_base);
+          sum += x;
+        }
+      }
+      state.l[n] = state.l[n] * rescale + sum;
+#pragma unroll
+      for (int tile = 0; tile < kD; ++tile) {
+        o[n / 2][tile][2 * (n % 2)] *= rescale;
+        o[n / 2][tile][2 * (n % 2) + 1] *= rescale;
+      }
+    }
+  }
+  FASTATTN_DEVICE void drop(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state, int b, int j0) {
+    const DropoutSeed seed = dropout_seed(p.attention);
+    const int64_t first_bh = b * p.attention.Hq;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const int low = state.r(2 * m), high = state.r(2 * m + 1);
+#pragma unroll
+      for (int tile = 0; tile < kN; ++tile) {
+        const uint32_t kept =
+            dropout_bits(seed, p.constants.dropout_threshold, first_bh + rows.head(low), first_bh + rows.head(high),
+                         rows.query(low), rows.query(high), j0 + 8 * tile);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!(kept >> e & 1u)) s[m][tile][e] = 0.0f;
+        }
+      }
+    }
+  }
+
+  // Sums over the four lanes of a row, and maxima from products to scores.
+  FASTATTN_DEVICE void finish_sums(Rows& state, const ScoreConstants& constants) {
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      state.l[n] += shuffle_xor(state.l[n], 1);
+      state.l[n] += shuffle_xor(state.l[n], 2);
+      if (!kModified) state.m[n] *= constants.scale;
+    }
+  }
+
+  FASTATTN_DEVICE void write_partial(const float (&o)[kM][kD][4], const Rows& state, const Params& p, QueryRows rows,
+                                     int b, int split, int all_rows, int lane) {
+    const AttentionParams& a = p.attention;
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      const int r = state.r(n);
+      if (r >= all_rows) continue;
+      const int64_t at = ((static_cast<int64_t>(split) * a.B + b) * a.Hq + rows.head(r)) * a.Lq + rows.query(r);
+      if ((lane & 3) == 0) {
+        p.partial_m[at] = state.m[n];
+        p.partial_l[at] = state.l[n];
+      }
+      float* out = p.partial_o + at * a.Dv;
+#pragma unroll
+      for (int tile = 0; tile < kD; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int d = 8 * tile + 2 * (lane & 3) + e;
+          if (d < a.Dv) out[d] = o[n / 2][tile][2 * (n % 2) + e];
+        }
+      }
+    }
+  }
+
+  FASTATTN_DEVICE void write_results(float (&o)[kM][kD][4], const Rows& state, const Params& p, QueryRows rows, int b,
+                                     int r0, int block_rows, SharedAddress q_tile, int warp, int lane) {
+    const AttentionParams& a = p.attention;
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      const int r = state.r(n) < r0 + block_rows ? state.r(n) : r0 + block_rows - 1;
+      const FinishedRow row = finish_row(a, {state.m[n], state.l[n]}, rows.head(r));
+      const float factor = row.factor * (kModified ? p.constants.keep_scale : 1.0f);
+#pragma unroll
+      for (int tile = 0; tile < kD; ++tile) {
+        o[n / 2][tile][2 * (n % 2)] *= factor;
+        o[n / 2][tile][2 * (n % 2) + 1] *= factor;
+      }
+      if (state.r(n) < r0 + block_rows && (lane & 3) == 0) {
+        write_statistics(a, row, (static_cast<int64_t>(b) * a.Hq + rows.head(r)) * a.Lq + rows.query(r));
+      }
+    }
+    // By way of the warp's own rows of q's tile, which only this warp has read: whole 16-byte pieces of rows leave it.
+    const SharedAddress staging = q_tile;
+    sync_warp();
+    store_accumulators<TileQ>(o, staging, warp * 16 * kM, lane);
+    sync_warp();
+    char* const out = static_cast<char*>(a.o);
+    store_tile<TileQ, 16 * kM, 32>(
+        staging, lane,
+        [&](int row) {
+          const int64_t offset = b * a.o_stride[0] + rows.head(r0 + row) * a.o_stride[1] + rows.query(r0 + row) * a.o_stride[2];
+          return out + offset * kBytes;
+        },
+        warp * 16 * kM, block_rows, static_cast<int>(a.Dv), p.is_aligned_o);
+  }
+};
+
+}  // namespace fastattn::cuda

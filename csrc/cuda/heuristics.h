@@ -1,0 +1,121 @@
+// From a problem's shape to the tiles that serve it: pure host functions, tested as such. A plan depends on shapes and
+// on the device alone, never on what else runs, so that a call's bits do not change from one time to the next.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/mask.h"
+#include "core/params.h"
+#include "cuda/attention.h"
+
+namespace fastattn::cuda {
+
+constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
+
+// The smallest of kHeadDims that holds D and Dv; what is missing in a row is filled with zeros.
+constexpr int head_dim_bucket(int64_t D, int64_t Dv) {
+  for (const int dim : kHeadDims) {
+    if (D <= dim && Dv <= dim) return dim;
+  }
+  return 0;
+}
+
+// kPlain: scale * q . k behind an interval mask, many rows. kModified: everything. kFewRows: at most 16 rows, everything.
+enum class ForwardVariant { kPlain, kModified, kFewRows };
+
+struct ForwardTiles {
+  int block_m, block_n, warps;
+};
+
+// As large as registers allow without a spill: 32 rows for each warp where they can, because a fragment of k or v is then
+// loaded once for two products. float32 has only kModified, with tiles of q, k and v that together stay below the 99 KB
+// that every device has.
+constexpr ForwardTiles forward_tiles(DType type, int dim, ForwardVariant variant) {
+  if (type == DType::kFloat32) return {64, dim <= 64 ? 64 : dim <= 128 ? 32 : 16, 4};
+  if (variant == ForwardVariant::kFewRows) return {16, 64, 1};
+  if (variant == ForwardVariant::kModified || dim > 128) return {64, 64, 4};
+  return {128, dim <= 64 ? 128 : 64, 4};
+}
+
+constexpr int forward_shared_bytes(DType type, int dim, ForwardTiles tiles) {
+  return (tiles.block_m + 2 * tiles.block_n) * dim * (type == DType::kFloat32 ? 4 : 2);
+}
+
+struct ForwardPlan {
+  int dim = 0;
+  ForwardVariant variant = ForwardVariant::kPlain;
+  int packed_heads = 1;
+  int row_blocks = 1;
+  int splits = 1;
+  int64_t blocks = 0;
+};
+
+constexpr int kMaxSplits = 128;
+constexpr int kPackedRows = 64;  // heads that share keys are packed when all their rows fit into one tile
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// CTAs that a multiprocessor holds at once: by shared memory (each CTA costs 1 KB more) and by 64 K registers.
+inline int64_t resident_blocks(int shared_bytes, int warps, const DeviceProperties& device) {
+  const int64_t by_shared = (device.shared_bytes + 1024) / (shared_bytes + 1024);
+  const int64_t by_registers = 65536 / (255 * 32 * warps);
+  return max_i64(1, min_i64(by_shared, by_registers));
+}
+
+// Keys that the row tile with the most of them sees, at most.
+inline int64_t visible_keys(const AttentionParams& p, int64_t rows) {
+  const int64_t right = p.causal != Causal::kNone ? 0 : p.window_right;
+  if (p.window_left == kUnlimited || right == kUnlimited) return p.Lk;
+  return min_i64(p.Lk, min_i64(p.window_left, p.Lk) + min_i64(right, p.Lk) + rows);
+}
+
+// The number of parts into which the keys of each tile of rows are split: the smallest whose waves of CTAs are at least
+// 0.85 times as full as those of the best. 1 where the CTAs without a split fill 0.8 of the device.
+inline int choose_splits(int64_t blocks, int64_t key_tiles, int64_t resident) {
+  if (blocks == 0 || key_tiles <= 1 || 10 * blocks >= 8 * resident) return 1;
+  const int64_t most = min_i64(key_tiles, kMaxSplits);
+  const auto efficiency = [&](int64_t splits) {
+    const double waves = static_cast<double>(blocks * splits) / static_cast<double>(resident);
+    return waves / static_cast<double>(divide_up(blocks * splits, resident));
+  };
+  // A number that leaves the longest part no shorter than a smaller number does is not eligible.
+  const auto is_eligible = [&](int64_t splits) {
+    return splits == 1 || divide_up(key_tiles, splits) != divide_up(key_tiles, splits - 1);
+  };
+  double best = 0.0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    if (is_eligible(splits) && efficiency(splits) > best) best = efficiency(splits);
+  }
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    if (is_eligible(splits) && efficiency(splits) >= 0.85 * best) return static_cast<int>(splits);
+  }
+  return 1;
+}
+
+inline ForwardPlan plan_forward(const AttentionParams& p, bool has_modifiers, const DeviceProperties& device) {
+  ForwardPlan plan;
+  plan.dim = head_dim_bucket(p.D, p.Dv);
+  const int64_t group = p.Hkv > 0 ? p.Hq / p.Hkv : 1;
+  plan.packed_heads = group > 1 && p.Lq * group <= kPackedRows ? static_cast<int>(group) : 1;
+  const int64_t rows = p.Lq * plan.packed_heads;
+  plan.variant = p.dtype != DType::kFloat32 && rows <= 16 ? ForwardVariant::kFewRows
+                 : p.dtype == DType::kFloat32 || has_modifiers || rows <= 64 ? ForwardVariant::kModified
+                                                                           : ForwardVariant::kPlain;
+  const ForwardTiles tiles = forward_tiles(p.dtype, plan.dim, plan.variant);
+  plan.row_blocks = static_cast<int>(divide_up(rows, tiles.block_m));
+  const int64_t blocks = plan.row_blocks * (p.Hq / plan.packed_heads) * p.B;
+  const int64_t resident = device.multiprocessors *
+                           resident_blocks(forward_shared_bytes(p.dtype, plan.dim, tiles), tiles.warps, device);
+  const int64_t block_queries = divide_up(min_i64(rows, tiles.block_m), plan.packed_heads) + 1;
+  plan.splits = choose_splits(blocks, divide_up(visible_keys(p, block_queries), tiles.block_n), resident);
+  plan.blocks = blocks * plan.splits;
+  return plan;
+}
+
+// floats of partial o, m and l.
+inline int64_t partial_elements(const AttentionParams& p, const ForwardPlan& plan) {
+  return plan.splits > 1 ? plan.splits * p.B * p.Hq * p.Lq * (p.Dv + 2) : 0;
+}
+
+}  // namespace fastattn::cuda

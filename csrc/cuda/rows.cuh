@@ -1,0 +1,39 @@
+// Where rows are: pointers into [B, H, L, D] tensors, and the query rows that a tile of the forward pass stands for.
+#pragma once
+
+#include "core/params.h"
+#include "cuda/ptx.cuh"
+
+namespace fastattn::cuda {
+
+// Rows of one (batch, head) of a tensor; kBytes is the size of an element.
+template <int kBytes>
+struct RowPointer {
+  const char* base;
+  int64_t row_bytes;
+
+  FASTATTN_DEVICE RowPointer make(const void* tensor, const int64_t (&stride)[3], int64_t b, int64_t h) {
+    return {static_cast<const char*>(tensor) + (b * stride[0] + h * stride[1]) * kBytes, stride[2] * kBytes};
+  }
+  FASTATTN_ALWAYS_INLINE const char* at(int64_t row) const { return base + row * row_bytes; }
+};
+
+// A row of a tile in the forward pass: query i of head h. Where few queries meet many keys, the heads that share their
+// keys become rows of one tile ("packed": row r is query r / heads of head first_head + r % heads), which then reads
+// those keys once. Otherwise heads = 1.
+struct QueryRows {
+  int first_head;
+  int heads;
+
+  FASTATTN_ALWAYS_INLINE int query(int r) const { return heads == 1 ? r : r / heads; }
+  FASTATTN_ALWAYS_INLINE int head(int r) const { return heads == 1 ? first_head : first_head + r % heads; }
+};
+
+// Whether every row of the tensor starts at a multiple of 16 bytes: what the asynchronous copies need.
+inline bool rows_are_aligned(const void* tensor, const int64_t (&stride)[3], int64_t element_bytes) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+  for (const int64_t s : stride) aligned = aligned && s * element_bytes % 16 == 0;
+  return aligned;
+}
+
+}  // namespace fastattn::cuda
