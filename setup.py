@@ -1,21 +1,25 @@
 """Builds fastattn's compiled libraries; everything else about the package is in pyproject.toml.
 
-``fastattn/_C_cpu.so`` is a plain shared library over LibTorch's stable ABI: no Python symbols, no C++ torch symbols and
-no OpenMP, so that one wheel serves every CPython >= 3.10 and every torch >= 2.10. ``csrc/sources.txt`` lists what goes
-in. Environment:
+``fastattn/_C_cpu.so`` and, where there is nvcc, ``fastattn/_C_cuda.so`` are plain shared libraries over LibTorch's
+stable ABI: no Python symbols, no C++ torch symbols and no OpenMP, so that one wheel serves every CPython >= 3.10 and
+every torch >= 2.10, with or without CUDA. ``csrc/sources.txt`` lists what goes in. Environment:
 
 * ``MAX_JOBS``: compilers at once; by default as many as cores and free memory allow.
-* ``FASTATTN_CUDA``: ``0``, ``1`` or ``auto`` (default). This version has no CUDA sources, so that ``1`` is an error.
+* ``FASTATTN_CUDA``: ``0`` builds without the CUDA kernels, ``1`` with them or not at all, ``auto`` (default) with them
+  where nvcc is found: on PATH, in CUDA_HOME or in /usr/local/cuda. torch need not have CUDA.
+* ``FASTATTN_CUDA_ARCHS``: the GPUs to compile for, ``80;90;120`` by default. Later ones compile the PTX of sm_80.
 * ``FASTATTN_DEBUG``: ``1`` builds with ``-O0 -g``.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -23,15 +27,20 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import cuda_build  # noqa: E402
+
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the library loads under
 # What one compiler takes at most; the heaviest files are the per-ISA kernels.
 JOB_MEMORY_BYTES = 2 << 30
 
 DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
 # No -march: code beyond baseline x86-64 lives in csrc/cpu/isa_*.cpp, inside target regions of its own.
+OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
 FLAGS = [
     "-std=c++20",
-    *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"]),
+    *OPTIMISE,
+    *([] if DEBUG else ["-g0"]),
     "-fno-wrapv",  # Python's own flags, which come first, would have it
     "-fno-math-errno",
     "-ffp-contract=fast",
@@ -50,12 +59,21 @@ def read_sources(group: str) -> list[str]:
     return [f"csrc/{path}" for name, path in entries if name == group]
 
 
-def check_cuda_choice() -> None:
+def choose_cuda() -> tuple[cuda_build.Toolkit | None, str]:
+    """What to build the CUDA library with. None: it is not built, for the reason that comes with it."""
     choice = os.environ.get("FASTATTN_CUDA", "auto").lower()
     if choice not in ("0", "1", "auto"):
-        raise SystemExit(f"FASTATTN_CUDA is {choice!r}; it must be 0, 1 or auto.")
-    if choice == "1" and not read_sources("cuda"):
-        raise SystemExit("FASTATTN_CUDA=1, but this version of fastattn has no CUDA sources; use 0 or auto.")
+        raise SystemExit(f"fastattn: FASTATTN_CUDA is {choice!r}; it must be 0, 1 or auto.")
+    if choice == "0":
+        return None, "FASTATTN_CUDA=0"
+    try:
+        if not any(path.endswith(".cu") for path in read_sources("cuda")):
+            raise cuda_build.Missing("csrc/sources.txt lists no .cu file")
+        return cuda_build.find_toolkit(), ""
+    except cuda_build.Missing as missing:
+        if choice == "1":
+            raise SystemExit(f"fastattn: FASTATTN_CUDA=1, but {missing}.") from None
+        return None, str(missing)
 
 
 def default_jobs() -> int:
@@ -77,33 +95,64 @@ class Wheel(bdist_wheel):  # type: ignore[misc]
         return ("py3", "none", super().get_tag()[2])
 
 
-check_cuda_choice()
+class Build(BuildExtension):  # type: ignore[misc]
+    """torch's own way for the CPU library, scripts/cuda_build.py's for the CUDA library."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, no_python_abi_suffix=True, use_ninja=True, **kwargs)
+
+    def build_extensions(self) -> None:
+        everything = self.extensions
+        self.extensions = [extension for extension in everything if extension.name != CUDA_LIBRARY]
+        super().build_extensions()
+        self.extensions = everything
+        if toolkit is None:
+            print(f"fastattn: built without the CUDA kernels: {why_without_cuda}")
+            # One of other sources must not meet this CPU library.
+            Path(self.get_ext_fullpath(CUDA_LIBRARY)).unlink(missing_ok=True)
+            if self.inplace or self.editable_mode:
+                (ROOT / "fastattn" / "_C_cuda.so").unlink(missing_ok=True)
+            return
+        cuda_build.build(
+            Path(self.get_ext_fullpath(CUDA_LIBRARY)),
+            toolkit,
+            read_sources("cuda"),
+            [*read_sources("torch"), *read_sources("cuda_torch")],
+            binding_flags=[*FLAGS, *WARNINGS, "-fPIC", DEFINE_TARGET, f"-I{ROOT / 'csrc'}", *SYSTEM_INCLUDES],
+            # One symbol stays undefined, that of the current stream. It is in libtorch_cuda.so, to which libtorch.so
+            # leads wherever torch has CUDA; a torch without CUDA has an empty libtorch.so, which will do for linking.
+            link_flags=[
+                *(f"-L{path}" for path in library_paths()),
+                *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"),
+                "-Wl,--exclude-libs,ALL",
+                *STRIP,
+            ],
+            optimise=OPTIMISE,
+            jobs=os.environ["MAX_JOBS"],
+        )
+
+
+CUDA_LIBRARY = "fastattn._C_cuda"
+DEFINE_TARGET = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+STRIP = [] if DEBUG else ["-s"]
+toolkit, why_without_cuda = choose_cuda()
 os.environ.setdefault("MAX_JOBS", str(default_jobs()))
 
 setup(
     ext_modules=[
         CppExtension(
             "fastattn._C_cpu",
-            [*read_sources("cpu"), *read_sources("torch")],
+            [*read_sources("cpu"), *read_sources("torch"), *read_sources("cpu_torch")],
             # Absolute: ninja compiles in the build folder.
             include_dirs=[str(ROOT / "csrc")],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-                ("FASTATTN_BUILD_FLAGS", f'"{" ".join(FLAGS)}"'),
-            ],
-            extra_compile_args=[*FLAGS, *WARNINGS, *SYSTEM_INCLUDES],
+            define_macros=[("FASTATTN_BUILD_FLAGS", f'"{" ".join(FLAGS)}"')],
+            extra_compile_args=[*FLAGS, *WARNINGS, DEFINE_TARGET, *SYSTEM_INCLUDES],
             # --as-needed and --no-undefined: link libtorch's C functions and nothing else, and notice what is missing.
-            extra_link_args=[
-                "-Wl,--as-needed",
-                "-Wl,--no-undefined",
-                "-Wl,--exclude-libs,ALL",
-                *([] if DEBUG else ["-s"]),
-            ],
+            extra_link_args=["-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", *STRIP],
             py_limited_api=True,
-        )
+        ),
+        # Its sources are listed for the sake of sdist; Build reads them anew.
+        *([Extension(CUDA_LIBRARY, [*read_sources("cuda"), *read_sources("cuda_torch")])] if toolkit else []),
     ],
-    cmdclass={
-        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True),
-        "bdist_wheel": Wheel,
-    },
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

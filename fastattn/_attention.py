@@ -15,7 +15,6 @@ Window = tuple[int | None, int | None]
 # The operator's codes; csrc/core/params.h has the same.
 _CAUSAL_CODES: dict[bool | str, int] = {False: 0, True: 2, "top_left": 1, "bottom_right": 2}
 _UNLIMITED = -1
-_draw_rng_state = _ops.draw_rng_state
 
 
 @overload
@@ -91,12 +90,14 @@ def attention(
     that sees no key has o = 0, lse = -inf and gradients of 0, with sinks too.
 
     Products and sums are accumulated in float32 (float64 for float64), and each result is rounded once. The same
-    inputs, seed and number of threads give the same bits. Under ``torch.autocast``, q, k, v and bias are cast to the
-    autocast dtype, as PyTorch's own attention does.
+    inputs, seed and number of threads give the same bits. On a GPU that needs no
+    ``torch.use_deterministic_algorithms``: there is one backward pass, and it is deterministic. Under
+    ``torch.autocast``, q, k, v and bias are cast to the autocast dtype, as PyTorch's own attention does.
 
     Args:
         q: (B, Hq, Lq, D), float32, bfloat16, float16 or float64, any D >= 1. Any strides will do; a tensor whose last
-            dimension is not contiguous is copied first. o lies in memory as q does.
+            dimension is not contiguous is copied first. o lies in memory as q does. On a GPU of compute capability 8.0
+            or later: no float64, D and Dv at most 256.
         k: (B, Hkv, Lk, D), of q's dtype and device; Hq is a multiple of Hkv. Query head h reads key head h // G.
         v: (B, Hkv, Lk, Dv), Dv may differ from D.
         causal: False; True or "bottom_right"; or "top_left": no row sees keys after its diagonal.
@@ -110,8 +111,11 @@ def attention(
         alibi_slopes: (Hq,) or (B, Hq), float, not differentiable: a penalty on the distance in keys.
         sinks: (Hq,), float, differentiable: a score that takes part in each row's softmax and has no value.
         kv_lengths: (B,), int32, on q's device: the number of keys and values that exist; what lies beyond is not read.
+            Each must lie in [0, Lk]. On a GPU nobody checks that, for it would mean to wait for the values: there,
+            others count as the nearest that does.
         dropout_p: Probability in [0, 1] that a weight is dropped; the others are divided by 1 - dropout_p. Always
-            applied: pass 0.0 in evaluation. Reproducible under ``torch.manual_seed``.
+            applied: pass 0.0 in evaluation. Reproducible under ``torch.manual_seed``: the seed is drawn from the
+            generator of q's device, and the same seed drops the same weights on every device.
         return_lse: Return the log of the softmax's denominator too.
 
     Returns:
@@ -119,7 +123,8 @@ def attention(
         (float64 for float64), a natural logarithm, includes the sink, ignores dropout and is differentiable.
 
     Raises:
-        ValueError: Shapes, sizes, devices, numbers or lengths break a rule above; the message names which.
+        ValueError: Shapes, sizes, devices, numbers or lengths break a rule above; the message names which. Or q is on a
+            device for which there is no kernel.
         TypeError: An argument has the wrong type, layout or dtype.
 
     Second derivatives and forward-mode derivatives are right but not fused: they go through plain torch operations and

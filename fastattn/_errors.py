@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import _cuda
+
 # How csrc/torch/errors.h marks what is no ValueError.
 _MARKS: dict[str, type[Exception]] = {
     "fastattn[TypeError]: ": TypeError,
     "fastattn[RuntimeError]: ": RuntimeError,
+    "fastattn[OutOfMemoryError]: ": torch.OutOfMemoryError,
 }
 
 
@@ -77,7 +80,12 @@ def _wrong_place(tensors: dict[str, Any]) -> Exception | None:
     for name, value in tensors.items():
         if value is not None and value.device != q.device:
             return wrong_device(name, value, q)
-    if q.device.type != "cpu":
+    if q.is_cuda and _cuda.missing is not None:
+        return ValueError(
+            f"fastattn: q is on {q.device}, but {_cuda.missing}; {_cuda.remedy()}, or move the tensors to the CPU with"
+            " q.cpu()."
+        )
+    if not q.is_cpu and not q.is_cuda:
         return ValueError(
             f"fastattn: q is on {q.device}, for which there is no kernel; move it to the CPU with q.cpu()."
         )

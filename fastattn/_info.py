@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 import fastattn
-from fastattn import _ops, _provider, _sdpa
+from fastattn import _cuda, _ops, _provider, _sdpa
 
 __all__ = ["Info", "info"]
 
 _LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
-_CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Info:
     isas: tuple[str, ...]  # the levels that the processor and the build support, lowest first; the last is the default
     isa_forced_by: str | None  # the setting of the environment variable, where there is one
     threads: int  # torch.get_num_threads(), which every call reads anew
-    cuda: str  # "built", or "not built" and what is missing
+    cuda: str  # what CUDA tensors are served on, or all that is missing
+    cuda_build: dict[str, str]  # toolkit and architectures of the CUDA library; empty where it is not loaded
     build: dict[str, str]  # compiler, flags, the torch headers and the ABI that the library was built for
     provider: str  # state of torch.nn.attention's provider "fastattn"
     sdpa_replaced: bool  # replace_sdpa() or a `with replaced_sdpa()` block is in force
@@ -48,6 +48,7 @@ class Info:
             "ISA levels": ", ".join(levels),
             "threads": str(self.threads),
             "CUDA": self.cuda,
+            **{f"CUDA {name}": text for name, text in self.cuda_build.items()},
             **self.build,
             "provider": self.provider,
             "SDPA": "replaced" if self.sdpa_replaced else "not replaced",
@@ -78,8 +79,9 @@ def info() -> Info:
         isas=tuple(ops._supported_isas().split(",")),
         isa_forced_by=f"{_ops.CAPABILITY_VARIABLE}={capability}" if capability else None,
         threads=torch.get_num_threads(),
-        cuda=_cuda(),
-        build=dict(line.split(": ", 1) for line in ops._build_info().splitlines()),
+        cuda=_cuda_state(),
+        cuda_build={} if _cuda.missing else _lines(ops._cuda_build_info()),
+        build=_lines(ops._build_info()),
         provider=_provider.state(),
         sdpa_replaced=_sdpa._switch.active,
     )
@@ -96,15 +98,23 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cuda() -> str:
-    """Whether calls on CUDA tensors can be served, and if not, all that is missing."""
+def _lines(text: str) -> dict[str, str]:
+    """Lines "key: value", as the libraries describe themselves."""
+    return dict(line.split(": ", 1) for line in text.splitlines())
+
+
+def _cuda_state() -> str:
+    """What CUDA tensors can be served on, or all that is missing for it."""
     missing = []
-    if not _CUDA_LIBRARY.exists():
-        missing.append(f"fastattn was built without its CUDA kernels ({_CUDA_LIBRARY.name})")
+    if not _cuda.LIBRARY.exists():
+        missing.append(f"fastattn was built without its CUDA kernels ({_cuda.LIBRARY.name})")
     if torch.version.cuda is None:
         missing.append("torch was built without CUDA")
-    elif not torch.cuda.is_available():
-        missing.append("torch finds no CUDA device")
+    else:
+        if _cuda.LIBRARY.exists() and _cuda.missing is not None:
+            missing.append(_cuda.missing)
+        if not torch.cuda.is_available():
+            missing.append(_cuda.why_no_device())
     if missing:
-        return ("not built: " if not _CUDA_LIBRARY.exists() else "built, not usable: ") + "; ".join(missing)
-    return f"built, torch has CUDA {torch.version.cuda}"
+        return ("built, not usable: " if _cuda.LIBRARY.exists() else "not built: ") + "; ".join(missing)
+    return "; ".join(_cuda.devices())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn import _errors
+from fastattn import _cuda, _errors
 
 _LIBRARY = Path(__file__).with_name("_C_cpu.so")
 
@@ -32,6 +32,7 @@ def _load() -> None:
             " or in a source tree with `python setup.py build_ext --inplace`."
         )
     torch.ops.load_library(str(_LIBRARY))
+    _cuda.load()
     capability = os.environ.get(CAPABILITY_VARIABLE)
     if capability:
         try:
@@ -74,19 +75,21 @@ def _empty_rows_like(like: Tensor, B: int, H: int, L: int, D: int) -> Tensor:
 def _check_fake(tensors: dict[str, Tensor | None], settings: tuple[Any, ...]) -> None:
     """Refuses what attention_forward would refuse, for tensors that have a shape and no data.
 
-    The operator's own checks look at real tensors of the same shapes and dtypes, each of which is one number in memory.
-    A dimension that is symbolic counts with the size that it has now.
+    The operator's own checks look at real tensors of the same shapes and dtypes, each of which is one number in memory,
+    on the CPU, so that code for a GPU can be traced where there is none. A dimension that is symbolic counts with the
+    size that it has now.
     """
     from torch.utils._python_dispatch import _disable_current_modes
 
     q = tensors["q"]
+    assert q is not None
     stand_ins: dict[str, Tensor | None] = {}
     for name, tensor in tensors.items():
         if tensor is None:
             stand_ins[name] = None
             continue
-        if name != "rng_state" and tensor.device != q.device:  # type: ignore[union-attr]
-            raise _errors.wrong_device(name, tensor, q)  # type: ignore[arg-type]
+        if tensor.device != q.device:
+            raise _errors.wrong_device(name, tensor, q)
         shape: tuple[Any, ...] = tuple(tensor.shape)
         sizes: Any = [n if isinstance(n, int) else n.node.hint if n.node.has_hint() else None for n in shape]
         if None in sizes:
@@ -95,7 +98,7 @@ def _check_fake(tensors: dict[str, Tensor | None], settings: tuple[Any, ...]) ->
             stand_ins[name] = torch.zeros((), dtype=tensor.dtype).expand(sizes)
     try:
         with _disable_current_modes():
-            torch.ops.fastattn._check_attention(*stand_ins.values(), *settings)
+            torch.ops.fastattn._check_attention(*stand_ins.values(), *settings, q.device.type)
     except Exception as error:
         raise _errors.explain(error, stand_ins, {}) from None
 
@@ -399,9 +402,12 @@ def attention_by_reference(
 # --- The call --------------------------------------------------------------------------------------------------------
 
 
-def draw_rng_state() -> Tensor:
-    """(seed, offset) for one call's dropout, int64, from torch's default CPU generator."""
-    return torch.randint(2**63 - 1, (2,), dtype=torch.int64)
+def draw_rng_state(device: torch.device | str = "cpu") -> Tensor:
+    """(seed, offset) for one call's dropout, int64, from the device's default generator, and in its memory.
+
+    On a GPU the host never learns them, which would mean to wait, and the replay of a captured graph draws new ones.
+    """
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 def attention(
@@ -422,10 +428,10 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """o and lse of four-dimensional tensors: attention_forward and its gradients, in the cheapest way for the caller.
 
-    The arguments are the operator's. Dropout draws its seed from torch's default generator.
+    The arguments are the operator's. Dropout draws its seed from the default generator of q's device.
     """
     # A probability beyond [0, 1] is the operator's to refuse.
-    rng_state = draw_rng_state() if dropout_p and 0.0 < dropout_p <= 1.0 else None
+    rng_state = draw_rng_state(q.device) if dropout_p and 0.0 < dropout_p <= 1.0 else None
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
-from fastattn import _errors, _ops
+from fastattn import _cuda, _errors, _ops
 from fastattn._attention import _autocast
 
 __all__ = [
@@ -313,10 +313,11 @@ _switch = _Switch()
 def replace_sdpa() -> None:
     """Make every caller of torch.nn.functional.scaled_dot_product_attention use fastattn, in all threads.
 
-    Calls that fastattn cannot serve (tensors that are not on the CPU, dtypes other than float32, bfloat16, float16 and
-    float64, nested and sparse tensors, tensor subclasses, torch.func transforms, forward-mode differentiation, and
-    arguments that fastattn refuses) go to the function that was replaced. They are counted in `sdpa_calls()`, and the
-    first one for each reason warns.
+    Calls that fastattn cannot serve (tensors on other devices than CPU and CUDA, dtypes other than float32, bfloat16,
+    float16 and float64, nested and sparse tensors, tensor subclasses, torch.func transforms, forward-mode
+    differentiation, and arguments that fastattn refuses; on CUDA also float64, head dimensions above 256, GPUs older
+    than compute capability 8.0, and everything where the CUDA kernels are not there) go to the function that was
+    replaced. They are counted in `sdpa_calls()`, and the first one for each reason warns.
 
     TorchScript keeps PyTorch's function. So does code that looked it up before, as with `from torch.nn.functional
     import scaled_dot_product_attention`, and so do the callers inside PyTorch's C++, such as the fast path of
@@ -452,7 +453,7 @@ def _replacement(
         and type(key) in _PLAIN
         and type(value) in _PLAIN
         and (attn_mask is None or type(attn_mask) in _PLAIN)
-        and query.is_cpu
+        and (query.is_cpu or _reason_to_hand_back(query, key, value, attn_mask, None) is None)
         and not _functorch_is_active()
         and forward_ad._current_level < 0
     ):
@@ -504,12 +505,25 @@ def _reason_to_hand_back(
         return _SUBCLASSES
     if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensors"
-    if not (query.is_cpu and key.is_cpu and value.is_cpu):
-        return "tensors that are not on the CPU"
+    on_cuda = query.is_cuda and key.is_cuda and value.is_cuda
+    if not on_cuda and not (query.is_cpu and key.is_cpu and value.is_cpu):
+        return "tensors that are neither all on the CPU nor all on CUDA"
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype}"
     if not (query.layout is key.layout is value.layout is torch.strided):
         return "tensors that are not strided"
+    return _reason_not_on_cuda(query, value) if on_cuda else None
+
+
+def _reason_not_on_cuda(query: Tensor, value: Tensor) -> str | None:
+    """The same of strided tensors on a GPU: the limits of the CUDA kernels, which must not break off a trace either."""
+    obstacle = _cuda.obstacle(query.device.index)
+    if obstacle is not None:
+        return f"CUDA tensors: {obstacle}"
+    if query.dtype == torch.float64:
+        return f"dtype {query.dtype} on CUDA"
+    if any(x.dim() > 0 and x.size(-1) > _cuda.MAX_HEAD_DIM for x in (query, value)):
+        return f"a head dimension above {_cuda.MAX_HEAD_DIM} on CUDA"
     return None
 
 

@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = ROOT / "fastattn" / "_C_cpu.so"
+LIBRARIES = ("_C_cpu.so", "_C_cuda.so")
 LEVELS = ("avx2", "avx512", "avx512_bf16")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
 
@@ -151,7 +152,7 @@ def test_other_files_stay_within_the_baseline(source: str) -> None:
         assert_baseline(path)
 
 
-@pytest.mark.parametrize("source", sources("torch"))
+@pytest.mark.parametrize("source", sources("torch", "cpu_torch", "cuda_torch"))
 def test_the_binding_stays_within_the_baseline(source: str) -> None:
     built = built_objects(source)
     if not built:
@@ -178,14 +179,15 @@ def test_a_level_stays_within_itself(level: str, uses: str, beyond: str) -> None
         assert not excess, f"{path}: {excess[:5]}"
 
 
-# ---- The shipped library --------------------------------------------------------------------------------------------
+# ---- The shipped libraries ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    if not LIBRARY.exists():
-        pytest.skip("fastattn/_C_cpu.so is not built")
-    return LIBRARY
+@pytest.fixture(scope="module", params=LIBRARIES)
+def library(request: pytest.FixtureRequest) -> Path:
+    path = ROOT / "fastattn" / request.param
+    if not path.exists():
+        pytest.skip(f"fastattn/{request.param} is not built")
+    return path
 
 
 def dynamic_symbols(library: Path, kind: str) -> list[str]:
@@ -193,10 +195,17 @@ def dynamic_symbols(library: Path, kind: str) -> list[str]:
     return [line.split()[-1].split("@")[0] for line in lines]
 
 
+def needed_libraries(library: Path) -> list[str]:
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "--dynamic", library))
+
+
 def test_the_library_needs_neither_python_nor_openmp(library: Path) -> None:
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "--dynamic", library))
+    needed = needed_libraries(library)
     assert needed
-    unwanted = re.compile(r"libtorch_python|libpython|libg?omp|libiomp|libtbb|libmkl")
+    # Nor any of CUDA's, whose names and versions differ from torch to torch.
+    unwanted = re.compile(
+        r"libtorch_python|libpython|libg?omp|libiomp|libtbb|libmkl|libcuda|libcudart|libnv|libtorch_cuda"
+    )
     assert not [name for name in needed if unwanted.match(name)]
     assert not re.search(r"\((RPATH|RUNPATH)\)", tool("readelf", "--dynamic", library))
 
@@ -208,10 +217,30 @@ def test_the_library_uses_only_the_stable_interface_of_torch(library: Path) -> N
     assert not [name for name in undefined if unstable.match(name)]
 
 
+# What only libtorch_cuda.so defines, among what the CUDA library needs. The linker of a torch without CUDA cannot
+# resolve it, so that it may not be told to insist, and anything else that is missing would only come out at a user's.
+FROM_CUDA_TORCH = {"aoti_torch_get_current_cuda_stream"}
+
+
+def test_whatever_is_undefined_is_defined_somewhere(library: Path) -> None:
+    folder = Path(torch.__file__).parent / "lib"
+    providers = [folder / name for name in needed_libraries(library) if (folder / name).exists()]
+    assert providers
+    if library.name == "_C_cuda.so":
+        assert "libtorch.so" in needed_libraries(library), "it leads to libtorch_cuda.so where torch has CUDA"
+    by_torch = {name for provider in providers for name in dynamic_symbols(provider, "--defined-only")}
+    # Of the system's libraries every symbol has a version.
+    lines = tool("nm", "--dynamic", "--undefined-only", library).splitlines()
+    undefined = {line.split()[-1] for line in lines if line.split()[0] == "U" and "@" not in line}
+    allowed = FROM_CUDA_TORCH if library.name == "_C_cuda.so" else set()
+    assert undefined - by_torch <= allowed
+    assert allowed <= undefined
+
+
 def test_the_library_exports_nothing_of_its_own(library: Path) -> None:
     """Not even the type names of the C++ library would matter; our functions could clash with another build of us."""
     exported = dynamic_symbols(library, "--defined-only")
-    assert not [name for name in exported if "fastattn" in name or name.startswith("PyInit")]
+    assert not [name for name in exported if "fastattn" in name or name.startswith(("PyInit", "cuda", "__cuda"))]
 
 
 def test_the_library_asks_for_no_executable_stack(library: Path) -> None:

@@ -1,13 +1,11 @@
 // From tensors to params: copies rows that are not contiguous, allocates results, calls the engine.
 #include "torch/attention.h"
 
-#include <algorithm>
-#include <cstring>
-#include <new>
+#include <torch/csrc/stable/ops.h>
 
-#include "cpu/attention.h"
-#include "torch/errors.h"
-#include "torch/parallel.h"
+#include <algorithm>
+
+#include "torch/engine.h"
 #include "torch/tensors.h"
 
 namespace fastattn {
@@ -16,7 +14,7 @@ namespace {
 // Tensors that the params point into.
 struct Inputs {
   Tensor q, k, v;
-  std::optional<Tensor> sinks, kv_lengths;
+  std::optional<Tensor> sinks, kv_lengths, rng_state;
 };
 
 void row_strides(const Tensor& tensor, int64_t stride[3]) {
@@ -33,7 +31,7 @@ void broadcast_strides(const Tensor& tensor, int64_t stride[4]) {
 }
 
 Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
-  Inputs inputs{with_contiguous_rows(a.q), with_contiguous_rows(a.k), with_contiguous_rows(a.v), {}, {}};
+  Inputs inputs{with_contiguous_rows(a.q), with_contiguous_rows(a.k), with_contiguous_rows(a.v), {}, {}, {}};
   p->q = inputs.q.const_data_ptr();
   p->k = inputs.k.const_data_ptr();
   p->v = inputs.v.const_data_ptr();
@@ -63,9 +61,8 @@ Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
     p->kv_lengths = static_cast<const int32_t*>(inputs.kv_lengths->const_data_ptr());
   }
   if (a.rng_state) {
-    const auto* state = static_cast<const int64_t*>(a.rng_state->const_data_ptr());
-    p->seed = static_cast<uint64_t>(state[0]);
-    p->offset = static_cast<uint64_t>(state[a.rng_state->stride(0)]);
+    inputs.rng_state = as_contiguous(*a.rng_state);
+    engine::set_rng_state(static_cast<const int64_t*>(inputs.rng_state->const_data_ptr()), p);
   }
   return inputs;
 }
@@ -74,43 +71,31 @@ Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
 // as they do when a projection of shape (B, L, H * D) was split, else (B, H, L, D). The fakes in _ops.py say the same.
 Tensor empty_rows_like(const Tensor& like, int64_t B, int64_t H, int64_t L, int64_t D) {
   const int64_t sizes[4] = {B, H, L, D};
-  if (like.stride(1) >= like.stride(2)) return empty_contiguous(sizes, 4, dtype_code(like));
+  const Device device = device_of(like);
+  if (like.stride(1) >= like.stride(2)) return empty_contiguous(sizes, 4, dtype_code(like), device);
   // As torch counts strides: a size of 0 counts as 1.
   const int64_t row = std::max<int64_t>(H, 1) * std::max<int64_t>(D, 1);
   const int64_t strides[4] = {std::max<int64_t>(L, 1) * row, std::max<int64_t>(D, 1), row, 1};
-  return empty_strided(sizes, strides, 4, dtype_code(like));
+  return empty_strided(sizes, strides, 4, dtype_code(like), device);
 }
 
-Tensor empty_nothing(int32_t dtype) {
-  const int64_t size = 0;
-  return empty_contiguous(&size, 1, dtype);
-}
-
-void fill_zero(const Tensor& tensor) {
-  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-  if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes);
-}
-
-template <typename Params>
-void call_engine(void (*engine)(const Params&, const cpu::Parallel&), const Params& params) {
-  try {
-    engine(params, torch_parallel());
-  } catch (const std::bad_alloc&) {
-    runtime_error("there is not enough memory for the kernel's scratch space.");
-  }
+Tensor empty_nothing(int32_t dtype, const Device& device) {
+  return empty_contiguous(std::array{int64_t{0}}, dtype, device);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> attention_forward(const AttentionArguments& a, bool save_stats) {
-  AttentionParams p = check_attention(a);
+  const Device device = device_of(a.q);
+  AttentionParams p = check_attention(a, device.is_cuda());
+  engine::check_device(device);
   const Inputs inputs = point_at_inputs(a, &p);
   const int32_t accumulator = dtype_code(accumulator_dtype(p.dtype));
 
   Tensor o = empty_rows_like(a.q, p.B, p.Hq, p.Lq, p.Dv);
-  Tensor lse = empty_contiguous(std::array{p.B, p.Hq, p.Lq}, accumulator);
-  Tensor stats =
-      save_stats ? empty_contiguous(std::array{int64_t{2}, p.B, p.Hq, p.Lq}, accumulator) : empty_nothing(accumulator);
+  Tensor lse = empty_contiguous(std::array{p.B, p.Hq, p.Lq}, accumulator, device);
+  Tensor stats = save_stats ? empty_contiguous(std::array{int64_t{2}, p.B, p.Hq, p.Lq}, accumulator, device)
+                            : empty_nothing(accumulator, device);
   if (lse.numel() == 0) return {o, lse, stats};
 
   p.o = o.mutable_data_ptr();
@@ -120,14 +105,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const AttentionArguments& a
     p.row_max = stats.mutable_data_ptr();
     p.row_sum = static_cast<char*>(p.row_max) + lse.numel() * static_cast<int64_t>(lse.element_size());
   }
-  call_engine(cpu::attention_forward, p);
+  engine::attention_forward(p, device);
   return {o, lse, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionGradArguments& a) {
   AttentionGradParams g;
   AttentionParams& p = g.forward;
-  p = check_attention_grad(a);
+  const Device device = device_of(a.forward.q);
+  p = check_attention_grad(a, device.is_cuda());
+  engine::check_device(device);
   const Inputs inputs = point_at_inputs(a.forward, &p);
   const int32_t accumulator = dtype_code(accumulator_dtype(p.dtype));
 
@@ -138,15 +125,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Atte
   Tensor dq = empty_rows_like(a.forward.q, p.B, p.Hq, p.Lq, p.D);
   Tensor dk = empty_rows_like(a.forward.k, p.B, p.Hkv, p.Lk, p.D);
   Tensor dv = empty_rows_like(a.forward.v, p.B, p.Hkv, p.Lk, p.Dv);
-  Tensor d_bias = empty_nothing(accumulator), d_sinks = empty_nothing(accumulator);
+  Tensor d_bias = empty_nothing(accumulator, device), d_sinks = empty_nothing(accumulator, device);
   if (a.need_d_bias) {
     const Tensor& bias = *a.forward.bias;
-    d_bias = empty_contiguous(bias.sizes().data(), bias.dim(), accumulator);
+    d_bias = empty_contiguous(bias.sizes().data(), bias.dim(), accumulator, device);
   }
-  if (a.need_d_sinks) d_sinks = empty_contiguous(std::array{p.Hq}, accumulator);
+  if (a.need_d_sinks) d_sinks = empty_contiguous(std::array{p.Hq}, accumulator, device);
 
   if (p.B == 0 || p.Hq == 0 || p.Lq == 0) {  // no row, and with Hq = 0 no group size either
-    for (const Tensor& grad : {dq, dk, dv, d_bias, d_sinks}) fill_zero(grad);
+    for (Tensor grad : {dq, dk, dv, d_bias, d_sinks}) torch::stable::zero_(grad);
   } else {
     // The engine's o is an input here; the params hold one pointer for both passes.
     p.o = const_cast<void*>(o.const_data_ptr());
@@ -167,12 +154,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Atte
       broadcast_strides(d_bias, g.d_bias_stride);
     }
     if (a.need_d_sinks) g.d_sinks = d_sinks.mutable_data_ptr();
-    call_engine(cpu::attention_backward, g);
+    engine::attention_backward(g, device);
   }
   if (a.need_d_bias && dtype_code(*a.forward.bias) != accumulator) {
     d_bias = torch::stable::to(d_bias, a.forward.bias->scalar_type());
   }
   return {dq, dk, dv, d_bias, d_sinks};
+}
+
+Tensor dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p) {
+  check_dropout_mask(rng_state, B, H, Lq, Lk, p);
+  const Device device = device_of(rng_state);
+  engine::check_device(device);
+  Tensor result = empty_contiguous(std::array{B, H, Lq, Lk}, aoti_torch_dtype_bool(), device);
+  if (result.numel() == 0) return result;
+  const Tensor state = as_contiguous(rng_state);
+  engine::dropout_mask(static_cast<uint8_t*>(result.mutable_data_ptr()),
+                       static_cast<const int64_t*>(state.const_data_ptr()), {B, H, Lq, Lk}, p, device);
+  return result;
 }
 
 }  // namespace fastattn

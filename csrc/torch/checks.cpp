@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cuda/attention.h"
 #include "torch/arguments.h"
 #include "torch/errors.h"
 #include "torch/tensors.h"
@@ -17,10 +18,11 @@ void check_rank(const char* name, const Tensor& tensor) {
   }
 }
 
-void check_device(const char* name, const Tensor& tensor) {
-  if (!tensor.is_cpu()) {
-    value_error(name, " is not on the CPU but q is; all tensors must be on one device: move it with ", name,
-                ".to(q.device).");
+void check_device(const char* name, const Tensor& tensor, const Tensor& q) {
+  const Device here = device_of(tensor), wanted = device_of(q);
+  if (here != wanted) {
+    value_error(name, " is on ", device_name(here), " but q is on ", device_name(wanted),
+                "; all tensors must be on one device: move it with ", name, ".to(q.device).");
   }
 }
 
@@ -103,6 +105,29 @@ void check_sizes_fit(const AttentionParams& p) {
   }
 }
 
+// What the CPU takes and the CUDA kernels do not.
+void check_limits_of_cuda(const AttentionParams& p) {
+  if (p.dtype == DType::kFloat64) {
+    type_error(
+        "q is torch.float64, which the CUDA kernels do not take; they take torch.float32, torch.bfloat16 and "
+        "torch.float16: convert with q.float(), or move the tensors to the CPU with q.cpu(), where torch.float64 "
+        "works.");
+  }
+  for (const auto& [names, dim] : {std::pair{"q and k have", p.D}, {"v has", p.Dv}}) {
+    if (dim > cuda::kMaxHeadDim) {
+      value_error(names, " head dimension ", dim, "; the CUDA kernels take at most ", cuda::kMaxHeadDim,
+                  ": move the tensors to the CPU with q.cpu(), where there is no limit, or call "
+                  "torch.nn.functional.scaled_dot_product_attention.");
+    }
+  }
+  for (const auto& [names, length] : {std::pair{"q has", p.Lq}, {"k and v have", p.Lk}}) {
+    if (length > cuda::kMaxLength) {
+      value_error(names, " length ", length, "; the CUDA kernels take at most ", cuda::kMaxLength,
+                  ": cut the sequence into parts and combine them with merge_attention_states.");
+    }
+  }
+}
+
 // Missing leading dimensions count as 1.
 void check_broadcasts(const char* name, const Tensor& tensor, const AttentionParams& p) {
   const int64_t full[4] = {p.B, p.Hq, p.Lq, p.Lk};
@@ -118,7 +143,6 @@ void check_broadcasts(const char* name, const Tensor& tensor, const AttentionPar
 }
 
 void check_bias(const Tensor& bias, AttentionParams* p) {
-  check_device("bias", bias);
   check_broadcasts("bias", bias, *p);
   const int32_t code = dtype_code(bias);
   if (code == aoti_torch_dtype_bool()) {
@@ -134,7 +158,6 @@ void check_bias(const Tensor& bias, AttentionParams* p) {
 }
 
 void check_mask(const Tensor& mask, const AttentionParams& p) {
-  check_device("mask", mask);
   check_broadcasts("mask", mask, p);
   if (dtype_code(mask) != aoti_torch_dtype_bool()) {
     type_error(
@@ -145,7 +168,6 @@ void check_mask(const Tensor& mask, const AttentionParams& p) {
 }
 
 void check_alibi_slopes(const Tensor& slopes, const AttentionParams& p) {
-  check_device("alibi_slopes", slopes);
   const bool per_head = slopes.dim() == 1 && slopes.size(0) == p.Hq;
   const bool per_batch = slopes.dim() == 2 && slopes.size(0) == p.B && slopes.size(1) == p.Hq;
   if (!per_head && !per_batch) {
@@ -156,7 +178,6 @@ void check_alibi_slopes(const Tensor& slopes, const AttentionParams& p) {
 }
 
 void check_sinks(const Tensor& sinks, const AttentionParams& p) {
-  check_device("sinks", sinks);
   if (sinks.dim() != 1 || sinks.size(0) != p.Hq) {
     value_error("sinks has shape ", shape_text(sinks), "; it must be (Hq,) = (", p.Hq,
                 ",), one score for each head of q.");
@@ -165,7 +186,6 @@ void check_sinks(const Tensor& sinks, const AttentionParams& p) {
 }
 
 void check_kv_lengths(const Tensor& lengths, const AttentionParams& p) {
-  check_device("kv_lengths", lengths);
   if (dtype_code(lengths) != aoti_torch_dtype_int32()) {
     type_error("kv_lengths is ", dtype_name(dtype_code(lengths)),
                "; it must be torch.int32: convert with kv_lengths.to(torch.int32).");
@@ -174,6 +194,8 @@ void check_kv_lengths(const Tensor& lengths, const AttentionParams& p) {
     value_error("kv_lengths has shape ", shape_text(lengths), "; it must be (B,) = (", p.B,
                 ",), one length for each sequence.");
   }
+  // The values are where the host cannot read them without waiting for the device; mask_geometry() clamps them.
+  if (!lengths.is_cpu()) return;
   const auto* length = static_cast<const int32_t*>(lengths.const_data_ptr());
   const int64_t stride = lengths.stride(0);
   for (int64_t b = 0; b < p.B; ++b) {
@@ -185,9 +207,9 @@ void check_kv_lengths(const Tensor& lengths, const AttentionParams& p) {
 }
 
 void check_rng_state(const Tensor& state) {
-  if (!state.is_cpu() || dtype_code(state) != aoti_torch_dtype_int64() || state.dim() != 1 || state.size(0) != 2) {
+  if (dtype_code(state) != aoti_torch_dtype_int64() || state.dim() != 1 || state.size(0) != 2) {
     value_error("rng_state is ", dtype_name(dtype_code(state)), " of shape ", shape_text(state),
-                "; it must be an int64 tensor (seed, offset) on the CPU.");
+                "; it must be an int64 tensor (seed, offset).");
   }
 }
 
@@ -245,16 +267,25 @@ void check_rows(const char* name, const Tensor& tensor, std::initializer_list<in
 
 }  // namespace
 
-AttentionParams check_attention(const AttentionArguments& a) {
+AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
   AttentionParams p;
-  check_device("q", a.q);
-  check_device("k", a.k);
-  check_device("v", a.v);
+  const std::pair<const char*, const std::optional<Tensor>*> others[] = {{"bias", &a.bias},
+                                                                         {"mask", &a.mask},
+                                                                         {"alibi_slopes", &a.alibi_slopes},
+                                                                         {"sinks", &a.sinks},
+                                                                         {"kv_lengths", &a.kv_lengths},
+                                                                         {"rng_state", &a.rng_state}};
+  check_device("k", a.k, a.q);
+  check_device("v", a.v, a.q);
+  for (const auto& [name, tensor] : others) {
+    if (*tensor) check_device(name, **tensor, a.q);
+  }
   p.dtype = check_query_dtype(a.q);
   check_same_dtype("k", a.k, p.dtype);
   check_same_dtype("v", a.v, p.dtype);
   check_shapes(a, &p);
   check_sizes_fit(p);
+  if (for_cuda) check_limits_of_cuda(p);
   if (a.bias) check_bias(*a.bias, &p);
   if (a.mask) check_mask(*a.mask, p);
   if (a.alibi_slopes) check_alibi_slopes(*a.alibi_slopes, p);
@@ -268,10 +299,10 @@ AttentionParams check_attention(const AttentionArguments& a) {
   return p;
 }
 
-AttentionParams check_attention_grad(const AttentionGradArguments& a) {
-  const AttentionParams p = check_attention(a.forward);
+AttentionParams check_attention_grad(const AttentionGradArguments& a, bool for_cuda) {
+  const AttentionParams p = check_attention(a.forward, for_cuda);
   for (const auto& [name, tensor] : {std::pair{"d_o", &a.d_o}, {"o", &a.o}, {"stats", &a.stats}}) {
-    check_device(name, *tensor);
+    check_device(name, *tensor, a.forward.q);
   }
   check_rows("d_o", a.d_o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
   check_rows("o", a.o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
@@ -280,7 +311,7 @@ AttentionParams check_attention_grad(const AttentionGradArguments& a) {
   }
   check_rows("stats", a.stats, {2, p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
   if (a.d_lse) {
-    check_device("d_lse", *a.d_lse);
+    check_device("d_lse", *a.d_lse, a.forward.q);
     check_rows("d_lse", *a.d_lse, {p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
   }
   if (a.need_d_bias && !a.forward.bias) value_error("need_d_bias is True but there is no bias.");

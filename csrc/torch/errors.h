@@ -37,4 +37,10 @@ template <typename... Parts>
   detail::raise<std::runtime_error>("fastattn[RuntimeError]: ", parts...);
 }
 
+// torch.OutOfMemoryError, which is for accelerators, and which training loops catch in order to try a smaller batch.
+template <typename... Parts>
+[[noreturn]] void out_of_memory_error(const Parts&... parts) {
+  detail::raise<std::runtime_error>("fastattn[OutOfMemoryError]: ", parts...);
+}
+
 }  // namespace fastattn

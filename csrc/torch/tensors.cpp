@@ -61,25 +61,42 @@ std::string shape_text(const Tensor& tensor) {
   return text.str();
 }
 
-Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
+Device device_of(const Tensor& tensor) {
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  if (device.type == aoti_torch_device_type_cpu()) return device;  // torch has -1 or 0 for its index
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
+}
+
+std::string device_name(const Device& device) {
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  if (device.is_cuda()) return "cuda:" + std::to_string(device.index);
+  return "a device of another kind";
+}
+
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype, const Device& device) {
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) !=
-      AOTI_TORCH_SUCCESS) {
+  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle) != AOTI_TORCH_SUCCESS) {
     std::ostringstream shape;
     for (int64_t i = 0; i < dim; ++i) shape << (i ? ", " : "") << sizes[i];
+    if (device.is_cuda()) {
+      out_of_memory_error("CUDA out of memory: a ", dtype_name(dtype), " tensor of shape (", shape.str(),
+                          ") could not be allocated on ", device_name(device), ".");
+    }
     runtime_error("there is not enough memory for a ", dtype_name(dtype), " tensor of shape (", shape.str(), ").");
   }
   return Tensor(handle);
 }
 
-Tensor empty_contiguous(const int64_t* sizes, int64_t dim, int32_t dtype) {
+Tensor empty_contiguous(const int64_t* sizes, int64_t dim, int32_t dtype, const Device& device) {
   int64_t strides[8];
   int64_t stride = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  return empty_strided(sizes, strides, dim, dtype);
+  return empty_strided(sizes, strides, dim, dtype, device);
 }
 
 Tensor with_contiguous_rows(const Tensor& tensor) {
@@ -92,7 +109,7 @@ Tensor as_contiguous(const Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
   // Allocated here rather than by torch::stable::contiguous, whose report of a failure names no tensor.
   const IntHeaderOnlyArrayRef sizes = tensor.sizes();
-  Tensor copy = empty_contiguous(sizes.data(), tensor.dim(), dtype_code(tensor));
+  Tensor copy = empty_contiguous(sizes.data(), tensor.dim(), dtype_code(tensor), device_of(tensor));
   torch::stable::copy_(copy, tensor);
   return copy;
 }

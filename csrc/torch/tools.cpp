@@ -5,57 +5,15 @@
 #include <algorithm>
 #include <limits>
 
-#include "core/philox.h"
 #include "cpu/attention.h"
-#include "torch/arguments.h"
 #include "torch/errors.h"
 #include "torch/parallel.h"
-#include "torch/tensors.h"
 
 #ifndef FASTATTN_BUILD_FLAGS
 #define FASTATTN_BUILD_FLAGS "unknown"
 #endif
 
 namespace fastattn {
-namespace {
-
-struct DropoutMask {
-  bool* keep;  // [B * H, Lq, Lk]
-  int64_t rows, Lq, Lk;
-  uint64_t seed, offset;
-  double p;
-  int workers;
-};
-
-void fill_dropout_mask(void* arg, int worker) {
-  const DropoutMask& mask = *static_cast<const DropoutMask*>(arg);
-  const uint32_t threshold = dropout_threshold(mask.p);
-  for (int64_t row = worker; row < mask.rows; row += mask.workers) {
-    for (int64_t j = 0; j < mask.Lk; ++j) {
-      mask.keep[row * mask.Lk + j] =
-          mask.p < 1.0 && dropout_keeps(mask.seed, mask.offset, row / mask.Lq, row % mask.Lq, j, threshold);
-    }
-  }
-}
-
-}  // namespace
-
-Tensor dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p) {
-  check_dropout_mask(rng_state, B, H, Lq, Lk, p);
-  Tensor result = empty_contiguous(std::array{B, H, Lq, Lk}, aoti_torch_dtype_bool());
-  const auto* state = static_cast<const int64_t*>(rng_state.const_data_ptr());
-  const cpu::Parallel parallel = torch_parallel();
-  DropoutMask mask{static_cast<bool*>(result.mutable_data_ptr()),
-                   result.numel() > 0 ? B * H * Lq : 0,
-                   Lq,
-                   Lk,
-                   static_cast<uint64_t>(state[0]),
-                   static_cast<uint64_t>(state[rng_state.stride(0)]),
-                   p,
-                   parallel.threads};
-  parallel.run(parallel, mask.workers, fill_dropout_mask, &mask);
-  return result;
-}
 
 void set_isa(std::string name) {
   cpu::Isa level;

@@ -1,15 +1,9 @@
-// Operators beside attention: dropout's mask, instruction set levels, measurements, the build.
+// Operators of the CPU library that take no tensor: instruction set levels, measurements, the build.
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
 
 #include <string>
 
 namespace fastattn {
-
-// The bool mask (True = kept) that attention draws from rng_state, [B, H, Lq, Lk].
-torch::stable::Tensor dropout_mask(const torch::stable::Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk,
-                                   double p);
 
 void set_isa(std::string name);
 std::string isa();
