@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/gemm.cuh"
+#include "cuda/heuristics.h"
 #include "cuda/rows.cuh"
 #include "cuda/score.cuh"
 
@@ -56,28 +57,5 @@ FASTATTN_DEVICE float differentiate_modified(float& x, float& dp, const RowStati
   dp = ds * cap.derivative;
   return ds;
 }
-
-// Tiles of the backward kernels: rows that stay (keys for dk and dv, queries for dq), and rows that pass by.
-struct BackwardTiles {
-  int resident, streamed, warps, stages;
-};
-
-// The widest within 99 KB of shared memory, which every device has, and without a spill.
-constexpr BackwardTiles backward_tiles(DType type, int dim) {
-  if (type == DType::kFloat32) {
-    return dim <= 64    ? BackwardTiles{64, 32, 4, 2}
-           : dim <= 128 ? BackwardTiles{64, 16, 4, 2}
-           : dim <= 192 ? BackwardTiles{32, 16, 2, 2}
-                        : BackwardTiles{32, 16, 2, 1};
-  }
-  return dim <= 32    ? BackwardTiles{128, 32, 4, 2}
-         : dim <= 64  ? BackwardTiles{128, 32, 4, 2}
-         : dim <= 96  ? BackwardTiles{64, 64, 4, 2}
-         : dim <= 192 ? BackwardTiles{64, 32, 4, 2}
-                      : BackwardTiles{64, 32, 4, 1};
-}
-
-// dk and dv are accumulated in one kernel where both fit into registers, else in one kernel each.
-constexpr bool splits_dk_dv(int dim) { return dim > 128; }
 
 }  // namespace fastattn::cuda

@@ -113,9 +113,70 @@ inline ForwardPlan plan_forward(const AttentionParams& p, bool has_modifiers, co
   return plan;
 }
 
-// floats of partial o, m and l.
-inline int64_t partial_elements(const AttentionParams& p, const ForwardPlan& plan) {
-  return plan.splits > 1 ? plan.splits * p.B * p.Hq * p.Lq * (p.Dv + 2) : 0;
+// Tiles of the backward kernels: rows that stay (keys for dk and dv, queries for dq), and rows that pass by.
+struct BackwardTiles {
+  int resident, streamed, warps, stages;
+};
+
+// The widest within the 99 KB of shared memory that every device has, and without a spill.
+constexpr BackwardTiles backward_tiles(DType type, int dim) {
+  if (type == DType::kFloat32) {
+    return dim <= 64    ? BackwardTiles{64, 32, 4, 2}
+           : dim <= 128 ? BackwardTiles{64, 16, 4, 2}
+           : dim <= 192 ? BackwardTiles{32, 16, 2, 2}
+                        : BackwardTiles{32, 16, 2, 1};
+  }
+  return dim <= 64    ? BackwardTiles{128, 32, 4, 2}
+         : dim <= 96  ? BackwardTiles{64, 64, 4, 2}
+         : dim <= 192 ? BackwardTiles{64, 32, 4, 2}
+                      : BackwardTiles{64, 32, 4, 1};
+}
+
+// dk and dv are accumulated in one kernel where both fit into registers, else in one kernel each.
+constexpr bool splits_dk_dv(int dim) { return dim > 128; }
+
+struct BackwardPlan {
+  int dim = 0;
+  bool is_plain = false;
+  int key_blocks = 0, row_blocks = 0;
+  int64_t key_ctas = 0, query_ctas = 0;
+  // The bias's gradient, along batch, head, query tile and key tile: see BiasGradientParams.
+  int64_t bias_kept[4] = {1, 1, 1, 1}, bias_summed[4] = {1, 1, 1, 1};
+  int64_t bias_steps = 1, bias_chunks = 1, bias_elements = 0, bias_ctas = 0;
+};
+
+constexpr int64_t kMaxBiasSumBytes = 256 << 20;  // of all chunks together
+
+inline BackwardPlan plan_backward(const AttentionGradParams& g, bool has_modifiers, const DeviceProperties& device) {
+  const AttentionParams& p = g.forward;
+  BackwardPlan plan;
+  plan.dim = head_dim_bucket(p.D, p.Dv);
+  plan.is_plain = !has_modifiers && p.dtype != DType::kFloat32;
+  const BackwardTiles tiles = backward_tiles(p.dtype, plan.dim);
+  plan.key_blocks = static_cast<int>(divide_up(p.Lk, tiles.resident));
+  plan.row_blocks = static_cast<int>(divide_up(p.Lq, tiles.resident));
+  plan.key_ctas = plan.key_blocks * p.Hkv * p.B;
+  plan.query_ctas = plan.row_blocks * p.Hq * p.B;
+  if (g.d_bias) {
+    const int64_t sizes[4] = {p.B, p.Hq, p.Lq, p.Lk};
+    const int64_t extents[4] = {p.B, p.Hq, plan.row_blocks, divide_up(p.Lk, tiles.streamed)};
+    int64_t ctas = 1;
+    plan.bias_elements = 1;
+    for (int dim = 0; dim < 4; ++dim) {
+      const bool is_kept = g.d_bias_stride[dim] != 0;
+      plan.bias_kept[dim] = is_kept ? extents[dim] : 1;
+      plan.bias_summed[dim] = is_kept ? 1 : extents[dim];
+      plan.bias_elements *= is_kept ? sizes[dim] : 1;
+      plan.bias_steps *= plan.bias_summed[dim];
+      ctas *= plan.bias_kept[dim];
+    }
+    // Enough chunks for two waves of CTAs, each of at least four steps, and not too much memory.
+    const int64_t wanted = divide_up(4 * device.multiprocessors, max_i64(ctas, 1));
+    const int64_t affordable = kMaxBiasSumBytes / 4 / max_i64(plan.bias_elements, 1);
+    plan.bias_chunks = max_i64(1, min_i64(min_i64(wanted, affordable), plan.bias_steps / 4));
+    plan.bias_ctas = ctas * plan.bias_chunks;
+  }
+  return plan;
 }
 
 }  // namespace fastattn::cuda

@@ -1,0 +1,96 @@
+// The engine's interface (attention.h) on a GPU. The kernels of each dtype are compiled in files of their own.
+#include "cuda/attention.h"
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <stdexcept>
+
+#include "cuda/engine.cuh"
+#include "cuda/launcher.cuh"
+
+#ifndef FASTATTN_CUDA_ARCHS
+#define FASTATTN_CUDA_ARCHS "unknown"
+#endif
+
+namespace fastattn::cuda {
+
+extern template void launch_forward<DType::kFloat32, CudaLauncher>(CudaLauncher&, const ForwardPlan&,
+                                                                   const ForwardParams&);
+extern template void launch_forward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const ForwardPlan&,
+                                                                    const ForwardParams&);
+extern template void launch_forward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const ForwardPlan&,
+                                                                   const ForwardParams&);
+extern template void launch_backward<DType::kFloat32, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
+                                                                    const BiasGradientParams&);
+extern template void launch_backward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
+                                                                     const BiasGradientParams&);
+extern template void launch_backward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
+                                                                    const BiasGradientParams&);
+
+namespace {
+
+int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
+  if (error != cudaSuccess) {
+    throw std::runtime_error("the properties of CUDA device " + std::to_string(device) +
+                             " could not be read: " + cudaGetErrorString(error));
+  }
+  return value;
+}
+
+CudaLauncher launcher_on(Stream stream) { return CudaLauncher(static_cast<cudaStream_t>(stream)); }
+
+}  // namespace
+
+DeviceProperties device_properties(int device) {
+  // Two threads that ask at once both read the same numbers.
+  constexpr int kCached = 64;
+  static DeviceProperties cache[kCached];
+  static std::atomic<bool> is_cached[kCached];
+  const bool has_slot = device >= 0 && device < kCached;
+  if (has_slot && is_cached[device].load(std::memory_order_acquire)) return cache[device];
+  DeviceProperties properties;
+  properties.compute_capability = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                                  device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  properties.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  properties.shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (has_slot) {
+    cache[device] = properties;
+    is_cached[device].store(true, std::memory_order_release);
+  }
+  return properties;
+}
+
+size_t forward_workspace_bytes(const AttentionParams& params, const DeviceProperties& device) {
+  return forward_workspace(params, device);
+}
+size_t backward_workspace_bytes(const AttentionGradParams& params, const DeviceProperties& device) {
+  return backward_workspace(params, device);
+}
+
+void attention_forward(const AttentionParams& params, const DeviceProperties& device, void* workspace, Stream stream) {
+  CudaLauncher launcher = launcher_on(stream);
+  run_forward(launcher, params, device, workspace);
+}
+
+void attention_backward(const AttentionGradParams& params, const DeviceProperties& device, void* workspace,
+                        Stream stream) {
+  CudaLauncher launcher = launcher_on(stream);
+  run_backward(launcher, params, device, workspace);
+}
+
+void dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p,
+                  Stream stream) {
+  CudaLauncher launcher = launcher_on(stream);
+  run_dropout_mask(launcher, keep, rng_state, B, H, Lq, Lk, p);
+}
+
+std::string build_info() {
+  const std::string toolkit =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  return "cuda: " + toolkit + "\ncuda archs: " FASTATTN_CUDA_ARCHS;
+}
+
+}  // namespace fastattn::cuda

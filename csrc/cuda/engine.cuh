@@ -1,0 +1,143 @@
+// A whole call: plans it, lays out its scratch memory, fills in the kernels' params and launches them. Launcher is where
+// they run: a stream of a GPU, or the emulator. Has
+//
+//   template <class Kernel> void launch(int64_t blocks, const typename Kernel::Params& params);
+#pragma once
+
+#include "cuda/combine.cuh"
+#include "cuda/dropout.cuh"
+#include "cuda/heuristics.h"
+#include "cuda/launch_backward.cuh"
+#include "cuda/launch_forward.cuh"
+
+namespace fastattn::cuda {
+
+// Takes pieces of a block of memory in turn, each aligned; with a null block it only counts.
+struct Arena {
+  char* base;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (static_cast<size_t>(count) * sizeof(T) + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+    return piece;
+  }
+};
+
+inline ForwardParams forward_params(const AttentionParams& a, const ForwardPlan& plan, Arena* arena) {
+  const int64_t bytes = a.dtype == DType::kFloat32 ? 4 : 2;
+  ForwardParams p;
+  p.attention = a;
+  p.constants = score_constants(a);
+  p.packed_heads = plan.packed_heads;
+  p.row_blocks = plan.row_blocks;
+  p.splits = plan.splits;
+  p.is_aligned_q = rows_are_aligned(a.q, a.q_stride, bytes);
+  p.is_aligned_k = rows_are_aligned(a.k, a.k_stride, bytes);
+  p.is_aligned_v = rows_are_aligned(a.v, a.v_stride, bytes);
+  p.is_aligned_o = rows_are_aligned(a.o, a.o_stride, bytes);
+  if (plan.splits > 1) {
+    const int64_t rows = plan.splits * a.B * a.Hq * a.Lq;
+    p.partial_o = arena->take<float>(rows * a.Dv);
+    p.partial_m = arena->take<float>(rows);
+    p.partial_l = arena->take<float>(rows);
+  }
+  return p;
+}
+
+inline size_t forward_workspace(const AttentionParams& a, const DeviceProperties& device) {
+  Arena arena{nullptr};
+  forward_params(a, plan_forward(a, has_modifiers(a), device), &arena);
+  return arena.used;
+}
+
+template <class Launcher>
+void run_forward(Launcher& launcher, const AttentionParams& a, const DeviceProperties& device, void* workspace) {
+  const ForwardPlan plan = plan_forward(a, has_modifiers(a), device);
+  Arena arena{static_cast<char*>(workspace)};
+  const ForwardParams p = forward_params(a, plan, &arena);
+  const int64_t combine_blocks = divide_up(a.B * a.Hq * a.Lq, 4);
+  switch (a.dtype) {
+    case DType::kFloat32:
+      launch_forward<DType::kFloat32>(launcher, plan, p);
+      if (plan.splits > 1) launcher.template launch<CombineKernel<DType::kFloat32>>(combine_blocks, p);
+      break;
+    case DType::kBFloat16:
+      launch_forward<DType::kBFloat16>(launcher, plan, p);
+      if (plan.splits > 1) launcher.template launch<CombineKernel<DType::kBFloat16>>(combine_blocks, p);
+      break;
+    default:
+      launch_forward<DType::kFloat16>(launcher, plan, p);
+      if (plan.splits > 1) launcher.template launch<CombineKernel<DType::kFloat16>>(combine_blocks, p);
+      break;
+  }
+}
+
+inline BiasGradientParams backward_params(const AttentionGradParams& g, const BackwardPlan& plan, Arena* arena) {
+  const AttentionParams& a = g.forward;
+  const int64_t bytes = a.dtype == DType::kFloat32 ? 4 : 2;
+  BiasGradientParams bias;
+  BackwardParams& p = bias.backward;
+  p.grad = g;
+  p.constants = score_constants(a);
+  p.is_plain = plan.is_plain;
+  p.key_blocks = plan.key_blocks;
+  p.row_blocks = plan.row_blocks;
+  p.row_stats = arena->take<F32x4>(a.B * a.Hq * a.Lq);
+  p.is_aligned_q = rows_are_aligned(a.q, a.q_stride, bytes);
+  p.is_aligned_k = rows_are_aligned(a.k, a.k_stride, bytes);
+  p.is_aligned_v = rows_are_aligned(a.v, a.v_stride, bytes);
+  p.is_aligned_d_o = rows_are_aligned(g.d_o, g.d_o_stride, bytes);
+  p.is_aligned_dq = rows_are_aligned(g.dq, g.dq_stride, bytes);
+  p.is_aligned_dk = rows_are_aligned(g.dk, g.dk_stride, bytes);
+  p.is_aligned_dv = rows_are_aligned(g.dv, g.dv_stride, bytes);
+  if (g.d_bias) {
+    for (int dim = 0; dim < 4; ++dim) {
+      bias.kept[dim] = plan.bias_kept[dim];
+      bias.summed[dim] = plan.bias_summed[dim];
+    }
+    bias.steps = plan.bias_steps;
+    bias.chunks = plan.bias_chunks;
+    bias.elements = plan.bias_elements;
+    bias.sums = bias.chunks > 1 ? arena->take<float>(bias.chunks * bias.elements) : static_cast<float*>(g.d_bias);
+  }
+  return bias;
+}
+
+inline size_t backward_workspace(const AttentionGradParams& g, const DeviceProperties& device) {
+  Arena arena{nullptr};
+  backward_params(g, plan_backward(g, has_modifiers(g.forward), device), &arena);
+  return arena.used;
+}
+
+template <class Launcher>
+void run_backward(Launcher& launcher, const AttentionGradParams& g, const DeviceProperties& device, void* workspace) {
+  const BackwardPlan plan = plan_backward(g, has_modifiers(g.forward), device);
+  Arena arena{static_cast<char*>(workspace)};
+  const BiasGradientParams p = backward_params(g, plan, &arena);
+  switch (g.forward.dtype) {
+    case DType::kFloat32:
+      return launch_backward<DType::kFloat32>(launcher, plan, p);
+    case DType::kBFloat16:
+      return launch_backward<DType::kBFloat16>(launcher, plan, p);
+    default:
+      return launch_backward<DType::kFloat16>(launcher, plan, p);
+  }
+}
+
+template <class Launcher>
+void run_dropout_mask(Launcher& launcher, uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq,
+                      int64_t Lk, double probability) {
+  DropoutMaskParams p;
+  p.keep = keep;
+  p.rng_state = rng_state;
+  p.rows = B * H * Lq;
+  p.Lq = Lq;
+  p.Lk = Lk;
+  p.drops_all = probability >= 1.0;
+  p.threshold = p.drops_all ? 0u : dropout_threshold(probability);
+  launcher.template launch<DropoutMaskKernel>(divide_up(p.rows * divide_up(Lk, 4), DropoutMaskKernel::kThreads), p);
+}
+
+}  // namespace fastattn::cuda
