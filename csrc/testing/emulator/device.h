@@ -11,6 +11,7 @@
 #include "testing/emulator/primitives.h"
 
 #define FASTATTN_DEVICE static inline
+#define FASTATTN_ALWAYS_INLINE inline
 
 namespace fastattn::cuda {
 
@@ -20,6 +21,8 @@ FASTATTN_DEVICE int thread_index() { return emulator::thread_index(); }
 FASTATTN_DEVICE int64_t block_index() { return emulator::block_index(); }
 FASTATTN_DEVICE int64_t grid_blocks() { return emulator::grid_blocks(); }
 FASTATTN_DEVICE SharedAddress shared_base() { return emulator::shared_base(); }
+
+FASTATTN_DEVICE uint32_t opaque(uint32_t x) { return x; }
 
 FASTATTN_DEVICE void sync_block(Site site = Site::current()) { emulator::sync_block(site); }
 FASTATTN_DEVICE void sync_warp(Site site = Site::current()) { emulator::sync_warp(site); }
@@ -41,15 +44,15 @@ FASTATTN_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row, Site
 }
 FASTATTN_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                               Site site = Site::current()) {
-  emulator::mma(emulator::MmaType::kBf16, d, a, b0, b1, site);
+  emulator::mma_bf16(d, a, b0, b1, site);
 }
 FASTATTN_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                              Site site = Site::current()) {
-  emulator::mma(emulator::MmaType::kF16, d, a, b0, b1, site);
+  emulator::mma_f16(d, a, b0, b1, site);
 }
 FASTATTN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                               Site site = Site::current()) {
-  emulator::mma(emulator::MmaType::kTf32, d, a, b0, b1, site);
+  emulator::mma_tf32(d, a, b0, b1, site);
 }
 
 // ---- Copies --------------------------------------------------------------------------------------------------------
@@ -111,6 +114,16 @@ FASTATTN_DEVICE void store_global_u32x4(void* at, U32x4 v, Site site = Site::cur
 
 FASTATTN_DEVICE uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 FASTATTN_DEVICE float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
+
+// Through memory, past any contraction into a fused multiply-add.
+FASTATTN_DEVICE float multiply(float x, float y) {
+  const volatile float product = x * y;
+  return product;
+}
+FASTATTN_DEVICE float add(float x, float y) {
+  const volatile float sum = x + y;
+  return sum;
+}
 
 FASTATTN_DEVICE float exp2_approx(float x) {
   const float y = std::exp2(x);

@@ -1,56 +1,89 @@
 #include "testing/emulator/fragments.h"
 
 #include <bit>
+#include <cstring>
 
 namespace fastattn::emulator {
 namespace {
 
 #define FASTATTN_INLINE static inline __attribute__((always_inline))
 
-FASTATTN_INLINE float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+// Eight words of an operand, or eight columns of the result: one register or two, as the processor has them. By
+// reference, because the ways to pass them by value differ with the instruction set.
+using Words = uint32_t __attribute__((vector_size(32)));
+using Row = float __attribute__((vector_size(32)));
 
-FASTATTN_INLINE float half_to_float(uint32_t bits) {
-  const uint32_t magnitude = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
-  const uint32_t finite = std::bit_cast<uint32_t>(as_float(magnitude << 13) * 0x1p112f);
-  return as_float(sign | (magnitude >= 0x7c00u ? 0x7f800000u | magnitude << 13 : finite));
+FASTATTN_INLINE void copy(const void* from, void* to) { std::memcpy(to, from, sizeof(Row)); }
+
+FASTATTN_INLINE void half_to_float(const Words& bits, Row& x) {
+  const Words magnitude = bits & 0x7fffu, scaled = magnitude << 13;
+  // The exponent's bias is still that of a half: exact for subnormal numbers as well. Infinities and NaNs need theirs.
+  copy(&scaled, &x);
+  x *= 0x1p112f;
+  Words result;
+  copy(&x, &result);
+  result |= (Words)(magnitude >= 0x7c00u) & 0x7f800000u;
+  result |= (bits & 0x8000u) << 16;
+  copy(&result, &x);
 }
 
-// The one or two numbers of a word.
+// The one or two numbers of each word.
 template <MmaType kType>
-FASTATTN_INLINE float low(uint32_t word) {
-  if constexpr (kType == MmaType::kBf16) return as_float(word << 16);
-  if constexpr (kType == MmaType::kF16) return half_to_float(word & 0xffffu);
-  return as_float(word & ~0x1fffu);
+FASTATTN_INLINE void low(const Words& words, Row& x) {
+  if constexpr (kType == MmaType::kF16) {
+    half_to_float(words & 0xffffu, x);
+  } else {
+    const Words bits = kType == MmaType::kBf16 ? words << 16 : words & ~0x1fffu;
+    copy(&bits, &x);
+  }
 }
 template <MmaType kType>
-FASTATTN_INLINE float high(uint32_t word) {
-  if constexpr (kType == MmaType::kBf16) return as_float(word & 0xffff0000u);
-  return half_to_float(word >> 16);
+FASTATTN_INLINE void high(const Words& words, Row& x) {
+  if constexpr (kType == MmaType::kF16) {
+    half_to_float(words >> 16, x);
+  } else {
+    const Words bits = words & 0xffff0000u;
+    copy(&bits, &x);
+  }
 }
 
 template <MmaType kType>
 FASTATTN_INLINE void multiply(MmaOperands& o) {
-  constexpr int kPerWord = kType == MmaType::kTf32 ? 1 : 2, kDepth = 8 * kPerWord;
-  float a[16][kDepth], b[kDepth][8];
-  for (int k = 0; k < 8; ++k) {
-    for (int n = 0; n < 8; ++n) b[kPerWord * k][n] = low<kType>(o.b[k][n]);
-    if constexpr (kPerWord == 2) {
-      for (int n = 0; n < 8; ++n) b[2 * k + 1][n] = high<kType>(o.b[k][n]);
+  constexpr int kPerWord = kType == MmaType::kTf32 ? 1 : 2;
+  float a[16][kPerWord][8];  // [row][which of a word][word along k]
+  Row b[8][kPerWord];
+  for (int n = 0; n < 24; ++n) {
+    Words words;
+    copy(n < 16 ? o.a + 8 * n : o.b + 8 * (n - 16), &words);
+    Row x[2];
+    low<kType>(words, x[0]);
+    if constexpr (kPerWord == 2) high<kType>(words, x[1]);
+    for (int each = 0; each < kPerWord; ++each) {
+      if (n < 16) {
+        copy(&x[each], a[n][each]);
+      } else {
+        b[n - 16][each] = x[each];
+      }
     }
   }
-  for (int i = 0; i < 16; ++i) {
-    for (int k = 0; k < 8; ++k) a[i][k] = low<kType>(o.a[i][k]);
-    if constexpr (kPerWord == 2) {
-      for (int k = 0; k < 8; ++k) a[i][8 + k] = high<kType>(o.a[i][k]);
+  // Four rows at a time: each sum waits for its own last product only.
+  for (int i = 0; i < 16; i += 4) {
+    Row sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
+    for (int k = 0; k < 8; ++k) {
+      for (int each = 0; each < kPerWord; ++each) {
+        sum0 += a[i][each][k] * b[k][each];
+        sum1 += a[i + 1][each][k] * b[k][each];
+        sum2 += a[i + 2][each][k] * b[k][each];
+        sum3 += a[i + 3][each][k] * b[k][each];
+      }
     }
-  }
-  for (int i = 0; i < 16; ++i) {
-    float sum[8] = {};
-    for (int k = 0; k < kDepth; ++k) {
-      const float x = a[i][k / kPerWord + k % kPerWord * 8];
-      for (int n = 0; n < 8; ++n) sum[n] += x * b[k][n];
+    const Row sums[4] = {sum0, sum1, sum2, sum3};
+    for (int row = 0; row < 4; ++row) {
+      Row c;
+      std::memcpy(&c, o.c + 8 * (i + row), sizeof(Row));
+      c += sums[row];
+      std::memcpy(o.c + 8 * (i + row), &c, sizeof(Row));
     }
-    for (int n = 0; n < 8; ++n) o.c[i][n] += sum[n];
   }
 }
 
@@ -89,10 +122,19 @@ MmaFunction mma_function(MmaType type) {
   return pick<MmaType::kTf32>();
 }
 
-void transpose_8x8(const uint16_t* from, uint16_t* to) {
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 8; ++j) to[j * 8 + i] = from[i * 8 + j];
+void transpose_8x8(const unsigned char* data, const uint32_t* at, uint32_t* to) {
+  using Elements = uint16_t __attribute__((vector_size(16)));
+  Elements x[8], y[8];
+  for (int n = 0; n < 8; ++n) std::memcpy(&x[n], data + at[n], 16);
+  // Interleaving row n with row n + 4 rotates the six bits of an element's place; three times make it the transpose's.
+  for (int round = 0; round < 3; ++round) {
+    for (int n = 0; n < 4; ++n) {
+      y[2 * n] = __builtin_shufflevector(x[n], x[n + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      y[2 * n + 1] = __builtin_shufflevector(x[n], x[n + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    std::memcpy(x, y, sizeof(x));
   }
+  std::memcpy(to, x, sizeof(x));
 }
 
 }  // namespace fastattn::emulator

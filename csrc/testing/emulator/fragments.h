@@ -9,16 +9,16 @@ namespace fastattn::emulator {
 
 // The operands of one mma. A 16-bit pair or a tf32 number makes one word: the same words for m16n8k16 and m16n8k8.
 struct MmaOperands {
-  alignas(64) uint32_t a[16][8];  // [row][word along k]
-  alignas(64) uint32_t b[8][8];   // [word along k][column]
-  alignas(64) float c[16][8];     // [row][column]; the result replaces it
+  alignas(64) uint32_t a[16 * 8];  // [row][word along k]
+  alignas(64) uint32_t b[8 * 8];   // [word along k][column]
+  alignas(64) float c[16 * 8];     // [row][column]; the result replaces it
 };
 
 // c += a b. Products are exact; their sum is rounded once for every product, then once when it is added to c.
 using MmaFunction = void (*)(MmaOperands&);
 MmaFunction mma_function(MmaType type);  // for this processor; every choice gives the same bits
 
-// The element at row i, column j becomes that at row j, column i.
-void transpose_8x8(const uint16_t* from, uint16_t* to);
+// Eight rows of eight 16-bit elements, at data + at[row], to the rows of the transpose.
+void transpose_8x8(const unsigned char* data, const uint32_t* at, uint32_t* to);
 
 }  // namespace fastattn::emulator

@@ -13,6 +13,9 @@
 
 namespace fastattn::emulator {
 
+// Where the window begins: a multiple of what ptx.cuh promises, 128, and of no more.
+constexpr uint32_t kSharedBase = 1024 + 128;
+
 // A thread and the call site it is at: thread in the low ten bits, site above.
 using Actor = uint32_t;
 constexpr Actor kNobody = ~Actor{0};
@@ -49,50 +52,45 @@ class SharedMemory {
   void start_block() {
     // Not a number as float, tf32, bfloat16 and float16.
     for (Chunk& chunk : storage_) chunk = {{0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u}};
-    if (clock_ >= kLastClock) {
-      clock_ = 0;
+    if (times_.now >= kLastClock) {
+      times_ = {};
       for (ChunkShadow& shadow : shadows_) shadow = ChunkShadow{};
       for (Shadow& word : words_) word = Shadow{};
     }
-    block_start_ = tick_barrier();
+    times_.block = tick_barrier();
   }
 
   size_t bytes() const { return bytes_; }
   unsigned char* data() { return reinterpret_cast<unsigned char*>(storage_.data()); }
-  uint32_t clock() const { return clock_; }
-  uint32_t tick() { return ++clock_; }
-  uint32_t tick_barrier() { return barrier_clock_ = tick(); }
+  uint32_t clock() const { return times_.now; }
+  uint32_t tick() { return ++times_.now; }
+  uint32_t tick_barrier() { return times_.barrier = tick(); }
 
   // `at` counts bytes; an access is of one word or of one chunk of 16 bytes.
-  Finding read_word(uint32_t at, Accessor who) {
-    ChunkShadow& chunk = split(at / 16);
-    if (chunk.in_flight != kNobody) return {Conflict::kInFlight, chunk.in_flight};
-    return read(words_[at / 4], who);
-  }
-  Finding write_word(uint32_t at, Accessor who) {
-    ChunkShadow& chunk = split(at / 16);
-    if (chunk.in_flight != kNobody) return {Conflict::kInFlight, chunk.in_flight};
-    return write(words_[at / 4], who);
-  }
-  Finding read_chunk(uint32_t at, Accessor who) { return on_chunk(at / 16, who, &SharedMemory::read); }
-  Finding write_chunk(uint32_t at, Accessor who) { return on_chunk(at / 16, who, &SharedMemory::write); }
+  Finding read_word(uint32_t at, Accessor who) { return on_word(at, read, who); }
+  Finding write_word(uint32_t at, Accessor who) { return on_word(at, write, who); }
+  Finding read_chunk(uint32_t at, Accessor who) { return on_chunk(at, read, who); }
+  Finding write_chunk(uint32_t at, Accessor who) { return on_chunk(at, write, who); }
   // By all lanes of the accessor's warp.
-  Finding read_chunk_as_warp(uint32_t at, Accessor who) { return on_chunk(at / 16, who, &SharedMemory::read_as_warp); }
+  Finding read_chunk_as_warp(uint32_t at, Accessor who) { return on_chunk(at, read_as_warp, who); }
 
   // From its issue until its thread's wait a copy is a write that nothing is ordered with.
   Finding begin_copy(uint32_t at, Accessor who) {
     const Finding finding = write_chunk(at, who);
-    if (finding.conflict == Conflict::kNone) shadows_[at / 16].in_flight = who.actor;
+    if (finding.conflict == Conflict::kNone) {
+      shadows_[at / 16].in_flight = who.actor;
+      shadows_[at / 16].in_flight_in = times_.block;
+    }
     return finding;
   }
   void end_copy(uint32_t at) {
     ChunkShadow& chunk = shadows_[at / 16];
     const Actor actor = chunk.in_flight;
     chunk.in_flight = kNobody;
-    if (chunk.split_in == block_start_) {
-      for (uint32_t n = 0; n < 4; ++n) set_written(words_[at / 16 * 4 + n], actor);
+    if (chunk.split_in == times_.block) {
+      for (uint32_t n = 0; n < 4; ++n) set_written(words_[at / 16 * 4 + n], times_, actor);
     } else {
-      set_written(chunk.whole, actor);
+      set_written(chunk.whole, times_, actor);
     }
   }
 
@@ -107,53 +105,71 @@ class SharedMemory {
     uint32_t written_at = 0, read_at = 0;
     Actor writer = kNobody, reader = kNobody, other_reader = kNobody;
   };
-  struct ChunkShadow {
+  struct alignas(32) ChunkShadow {
     Shadow whole;
+    uint32_t split_in = 0;  // the block in which the words went their own ways
     Actor in_flight = kNobody;
-    uint32_t split_in = 0;  // the start of the block in which the words went their own ways
+    uint32_t in_flight_in = 0;  // and the block in which it is
+  };
+  struct Times {
+    uint32_t now = 0;
+    uint32_t barrier = 0;  // the last sync_block
+    uint32_t block = 0;    // the start of the block
   };
 
-  ChunkShadow& split(uint32_t index) {
-    ChunkShadow& chunk = shadows_[index];
-    if (chunk.split_in != block_start_) [[unlikely]] {
-      chunk.split_in = block_start_;
-      for (uint32_t n = 0; n < 4; ++n) words_[4 * index + n] = chunk.whole;
-    }
-    return chunk;
-  }
-
   template <class Check>
-  Finding on_chunk(uint32_t index, Accessor who, Check check) {
-    ChunkShadow& chunk = shadows_[index];
-    if (chunk.in_flight != kNobody) [[unlikely]]
+  [[gnu::always_inline]] inline Finding on_chunk(uint32_t at, Check check, Accessor who) {
+    ChunkShadow& chunk = shadows_[at / 16];
+    if (is_in_flight(chunk)) [[unlikely]]
       return {Conflict::kInFlight, chunk.in_flight};
-    if (chunk.split_in != block_start_) return (this->*check)(chunk.whole, who);
+    if (chunk.split_in != times_.block) [[likely]]
+      return check(chunk.whole, times_, who);
     for (uint32_t n = 0; n < 4; ++n) {
-      const Finding finding = (this->*check)(words_[4 * index + n], who);
+      const Finding finding = check(words_[at / 16 * 4 + n], times_, who);
       if (finding.conflict != Conflict::kNone) return finding;
     }
     return {};
   }
 
-  // Is an access at `time` by `actor`, since the last sync_block, ordered before what `who` does now?
-  static bool is_ordered(uint32_t time, Actor actor, Accessor who) {
-    return actor_thread(actor) == actor_thread(who.actor) ||
-           (actor_warp(actor) == actor_warp(who.actor) && time < who.warp_clock);
+  template <class Check>
+  [[gnu::always_inline]] inline Finding on_word(uint32_t at, Check check, Accessor who) {
+    ChunkShadow& chunk = shadows_[at / 16];
+    if (is_in_flight(chunk)) [[unlikely]]
+      return {Conflict::kInFlight, chunk.in_flight};
+    if (chunk.split_in != times_.block) [[unlikely]] {
+      chunk.split_in = times_.block;
+      for (uint32_t n = 0; n < 4; ++n) words_[at / 16 * 4 + n] = chunk.whole;
+    }
+    return check(words_[at / 4], times_, who);
   }
 
-  void set_written(Shadow& shadow, Actor actor) {
-    shadow.written_at = clock_;
+  bool is_in_flight(const ChunkShadow& chunk) const {
+    return chunk.in_flight != kNobody && chunk.in_flight_in == times_.block;
+  }
+
+  // Is an access at `time` by `actor`, since the last sync_block, ordered before what `who` does now?
+  static bool is_ordered(uint32_t time, Actor actor, Accessor who) {
+    return actor_thread(actor) == actor_thread(who.actor) || is_ordered_for_warp(time, actor, who);
+  }
+  static bool is_ordered_for_warp(uint32_t time, Actor actor, Accessor who) {
+    return actor_warp(actor) == actor_warp(who.actor) && time < who.warp_clock;
+  }
+
+  static void set_written(Shadow& shadow, const Times& times, Actor actor) {
+    shadow.written_at = times.now;
     shadow.writer = actor;
   }
 
-  void note_read(Shadow& shadow, Accessor who) {
-    const uint32_t warp = actor_warp(who.actor);
-    if (shadow.read_at < barrier_clock_) {
+  static Finding read(Shadow& shadow, const Times& times, Accessor who) {
+    if (shadow.written_at >= times.barrier && !is_ordered(shadow.written_at, shadow.writer, who)) [[unlikely]] {
+      return {Conflict::kWrite, shadow.writer};
+    }
+    if (shadow.read_at < times.barrier) {
       shadow.reader = who.actor;
       shadow.other_reader = kNobody;
     } else if (shadow.other_reader != kNobody && actor_warp(shadow.other_reader) != actor_warp(shadow.reader)) {
-      return;  // read by two warps: whoever writes races with one of them
-    } else if (actor_warp(shadow.reader) != warp) {
+      return {};  // read by two warps: whoever writes races with one of them
+    } else if (actor_warp(shadow.reader) != actor_warp(who.actor)) {
       shadow.other_reader = who.actor;
     } else if (shadow.read_at < who.warp_clock) {
       shadow.reader = who.actor;
@@ -161,32 +177,34 @@ class SharedMemory {
     } else if (actor_thread(shadow.reader) != actor_thread(who.actor)) {
       shadow.other_reader = who.actor;
     }
-    shadow.read_at = clock_;
-  }
-
-  Finding read(Shadow& shadow, Accessor who) {
-    if (shadow.written_at >= barrier_clock_ && !is_ordered(shadow.written_at, shadow.writer, who)) [[unlikely]] {
-      return {Conflict::kWrite, shadow.writer};
-    }
-    note_read(shadow, who);
+    shadow.read_at = times.now;
     return {};
   }
 
-  Finding read_as_warp(Shadow& shadow, Accessor who) {
-    if (shadow.written_at >= barrier_clock_ &&
-        (actor_warp(shadow.writer) != actor_warp(who.actor) || shadow.written_at >= who.warp_clock)) [[unlikely]] {
+  static Finding read_as_warp(Shadow& shadow, const Times& times, Accessor who) {
+    if (shadow.written_at >= times.barrier && !is_ordered_for_warp(shadow.written_at, shadow.writer, who))
+        [[unlikely]] {
       return {Conflict::kWrite, shadow.writer};
     }
-    note_read(shadow, who);
-    note_read(shadow, {who.actor ^ 1u, who.warp_clock});  // another lane
+    if (shadow.read_at >= times.barrier) {
+      if (shadow.other_reader != kNobody && actor_warp(shadow.other_reader) != actor_warp(shadow.reader)) return {};
+      if (actor_warp(shadow.reader) != actor_warp(who.actor)) {
+        shadow.other_reader = who.actor;
+        shadow.read_at = times.now;
+        return {};
+      }
+    }
+    shadow.reader = who.actor;
+    shadow.other_reader = who.actor ^ 1u;  // some other lane
+    shadow.read_at = times.now;
     return {};
   }
 
-  Finding write(Shadow& shadow, Accessor who) {
-    if (shadow.written_at >= barrier_clock_ && !is_ordered(shadow.written_at, shadow.writer, who)) [[unlikely]] {
+  static Finding write(Shadow& shadow, const Times& times, Accessor who) {
+    if (shadow.written_at >= times.barrier && !is_ordered(shadow.written_at, shadow.writer, who)) [[unlikely]] {
       return {Conflict::kWrite, shadow.writer};
     }
-    if (shadow.read_at >= barrier_clock_) {
+    if (shadow.read_at >= times.barrier) {
       // read_at is the time of other_reader, if there is one.
       if (shadow.other_reader != kNobody && !is_ordered(shadow.read_at, shadow.other_reader, who)) [[unlikely]] {
         return {Conflict::kRead, shadow.other_reader};
@@ -194,7 +212,7 @@ class SharedMemory {
       if (!is_ordered(shadow.read_at, shadow.reader, who)) [[unlikely]]
         return {Conflict::kRead, shadow.reader};
     }
-    set_written(shadow, who.actor);
+    set_written(shadow, times, who.actor);
     return {};
   }
 
@@ -202,9 +220,7 @@ class SharedMemory {
   std::vector<Chunk> storage_;
   std::vector<ChunkShadow> shadows_;
   std::vector<Shadow> words_;
-  uint32_t clock_ = 0;
-  uint32_t block_start_ = 0;    // the clock when the block began
-  uint32_t barrier_clock_ = 0;  // and at its last sync_block
+  Times times_;
 };
 
 }  // namespace fastattn::emulator
