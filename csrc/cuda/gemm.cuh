@@ -73,7 +73,7 @@ FASTATTN_DEVICE void gemm_nt(float (&acc)[kM][kN][4], SharedAddress a, SharedAdd
   constexpr int kSteps = TileA::kRowBytes / 32;
   a = opaque(a), b = opaque(b);
   // Long rows not in full: ptxas then fetches so far ahead that registers run out.
-  constexpr int kUnroll = kSteps <= 4 ? kSteps : 2;
+  [[maybe_unused]] constexpr int kUnroll = kSteps <= 4 ? kSteps : 2;
 #pragma unroll kUnroll
   for (int step = 0; step < kSteps; ++step) {
     uint32_t a_bits[kM][4];

@@ -1,0 +1,11 @@
+// The parts of _fastattn_core, each of which adds its functions to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastattn::testing {
+
+// The CUDA engine on the emulator, and its plans.
+void bind_cuda(pybind11::module_& m);
+
+}  // namespace fastattn::testing

@@ -1,0 +1,176 @@
+// _fastattn_core, second part: the CUDA engine's kernels on the emulator, and its plans for real devices.
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/heuristics.h"
+#include "testing/arrays.h"
+#include "testing/emulated_engine.h"
+#include "testing/module.h"
+
+namespace fastattn::testing {
+namespace {
+
+using emulator::CopyTiming;
+using emulator::Report;
+using emulator::Run;
+using emulator::SiteKind;
+
+SiteKind site_kind_from_name(const std::string& name) {
+  for (const SiteKind kind : {SiteKind::kBarrier, SiteKind::kWarpBarrier, SiteKind::kCpAsyncWait}) {
+    if (name == emulator::site_kind_name(kind)) return kind;
+  }
+  refuse("a call of kind '" + name + "' cannot be left out.");
+}
+
+// How a call is emulated: the keyword argument `emulator`, a dict.
+struct Emulation {
+  emulator::Options options;
+  int os_threads = 2;
+  // Of the device that is played: many multiprocessors make the engine split the keys.
+  cuda::DeviceProperties device{80, 1, 99 * 1024};
+  bool unswizzled = false;
+
+  static Emulation from(const py::dict& settings) {
+    Emulation e;
+    for (const auto& [key, value] : settings) {
+      const std::string name = py::cast<std::string>(key);
+      if (name == "seed") {
+        e.options.seed = py::cast<uint64_t>(value);
+      } else if (name == "random_order") {
+        e.options.random_order = py::cast<bool>(value);
+      } else if (name == "copies") {
+        const std::string timing = py::cast<std::string>(value);
+        e.options.cp_async_timing = timing == "at_issue"  ? CopyTiming::kAtIssue
+                                    : timing == "at_wait" ? CopyTiming::kAtWait
+                                                          : CopyTiming::kRandom;
+      } else if (name == "skip") {
+        const auto [file, line, kind] = py::cast<std::tuple<std::string, int, std::string>>(value);
+        e.options.skip_site = {file, line, site_kind_from_name(kind)};
+      } else if (name == "count_bank_conflicts") {
+        e.options.count_bank_conflicts = py::cast<bool>(value);
+      } else if (name == "detect_races") {
+        e.options.detect_races = py::cast<bool>(value);
+      } else if (name == "threads") {
+        e.os_threads = py::cast<int>(value);
+      } else if (name == "multiprocessors") {
+        e.device.multiprocessors = py::cast<int>(value);
+      } else if (name == "unswizzled") {
+        e.unswizzled = py::cast<bool>(value);
+      } else {
+        throw py::type_error("_fastattn_core: there is no setting " + name + " of the emulator.");
+      }
+    }
+    return e;
+  }
+};
+
+// What ran: {"kernels": [...], "bank_conflicts_load": n, "bank_conflicts_store": n, "sites": [(file, line, kind, calls,
+// bank conflicts), ...]}.
+py::dict as_dict(const Run& run) {
+  py::dict result;
+  result["kernels"] = run.kernels;
+  result["bank_conflicts_load"] = run.report.bank_conflicts_load;
+  result["bank_conflicts_store"] = run.report.bank_conflicts_store;
+  py::list sites;
+  for (const auto& site : run.report.sites) {
+    sites.append(py::make_tuple(site.file, site.line, emulator::site_kind_name(site.kind), site.calls,
+                                site.bank_conflicts));
+  }
+  result["sites"] = sites;
+  return result;
+}
+
+void check_is_served(const AttentionParams& p) {
+  if (p.dtype == DType::kFloat64) refuse("the CUDA kernels do not compute in float64.");
+  if (cuda::head_dim_bucket(p.D, p.Dv) == 0) refuse("the CUDA kernels serve head dims up to 256.");
+}
+
+py::dict attention_forward(const py::array& q, const py::array& k, const py::array& v, const py::dict& settings,
+                           const py::kwargs& kwargs) {
+  const Emulation emulation = Emulation::from(settings);
+  Run run;
+  py::dict results = forward_arrays(q, k, v, options_from(kwargs), [&](const AttentionParams& p) {
+    check_is_served(p);
+    // As the binding does.
+    if (p.B * p.Hq * p.Lq == 0) return;
+    run = emulation.unswizzled
+              ? emulator::attention_forward_unswizzled(p, emulation.options, emulation.os_threads)
+              : emulator::attention_forward(p, emulation.device, emulation.options, emulation.os_threads);
+  });
+  results["run"] = as_dict(run);
+  return results;
+}
+
+void fill_zero(const py::dict& arrays) {
+  for (const auto& [name, array] : arrays) array.attr("fill")(0);
+}
+
+py::dict attention_backward(const py::array& d_o, const py::array& q, const py::array& k, const py::array& v,
+                            const py::dict& results, const OptionalArray& d_lse, const py::dict& settings,
+                            const py::kwargs& kwargs) {
+  const Emulation emulation = Emulation::from(settings);
+  Run run;
+  bool is_empty = false;
+  py::dict gradients =
+      backward_arrays(d_o, q, k, v, results, d_lse, options_from(kwargs), [&](const AttentionGradParams& g) {
+        check_is_served(g.forward);
+        is_empty = g.forward.B * g.forward.Hq * g.forward.Lq == 0;
+        if (!is_empty) {
+          run = emulator::attention_backward(g, emulation.device, emulation.options, emulation.os_threads);
+        }
+      });
+  if (is_empty) fill_zero(gradients);
+  gradients["run"] = as_dict(run);
+  return gradients;
+}
+
+py::array_t<bool> dropout_mask(uint64_t seed, uint64_t offset, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p) {
+  py::array_t<bool> mask({B, H, Lq, Lk});
+  const int64_t rng_state[2] = {static_cast<int64_t>(seed), static_cast<int64_t>(offset)};
+  emulator::dropout_mask(reinterpret_cast<uint8_t*>(mask.mutable_data()), rng_state, B, H, Lq, Lk, p, {}, 1);
+  return mask;
+}
+
+// The plan for a shape, without pointers: what a real device of these properties would run.
+py::dict forward_plan(const std::string& dtype, int64_t B, int64_t Hq, int64_t Hkv, int64_t Lq, int64_t Lk, int64_t D,
+                      int64_t Dv, const std::string& causal, Window window, bool has_modifiers, int multiprocessors,
+                      int shared_bytes) {
+  AttentionParams p;
+  p.dtype = dtype == "float32" ? DType::kFloat32 : dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat16;
+  p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Lq = Lq, p.Lk = Lk, p.D = D, p.Dv = Dv;
+  p.causal = causal_from_name(causal);
+  p.window_left = window[0];
+  p.window_right = window[1];
+  const cuda::ForwardPlan plan = cuda::plan_forward(p, has_modifiers, {90, multiprocessors, shared_bytes});
+  const cuda::ForwardTiles tiles = cuda::forward_tiles(p.dtype, plan.dim, plan.variant);
+  const char* const variants[] = {"plain", "modified", "few_rows"};
+  py::dict result;
+  result["dim"] = plan.dim;
+  result["variant"] = variants[static_cast<int>(plan.variant)];
+  result["packed_heads"] = plan.packed_heads;
+  result["row_blocks"] = plan.row_blocks;
+  result["splits"] = plan.splits;
+  result["blocks"] = plan.blocks;
+  result["block_m"] = tiles.block_m;
+  result["block_n"] = tiles.block_n;
+  result["shared_bytes"] = cuda::forward_shared_bytes(p.dtype, plan.dim, tiles);
+  return result;
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  m.def("emulated_attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::kw_only(),
+        py::arg("emulator") = py::dict());
+  m.def("emulated_attention_backward", &attention_backward, py::arg("d_o"), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("results"), py::kw_only(), py::arg("d_lse") = py::none(), py::arg("emulator") = py::dict());
+  m.def("emulated_dropout_mask", &dropout_mask, py::arg("seed"), py::arg("offset"), py::arg("B"), py::arg("H"),
+        py::arg("Lq"), py::arg("Lk"), py::arg("p"));
+  m.def("cuda_forward_plan", &forward_plan, py::kw_only(), py::arg("dtype"), py::arg("B"), py::arg("Hq"),
+        py::arg("Hkv"), py::arg("Lq"), py::arg("Lk"), py::arg("D"), py::arg("Dv"), py::arg("causal") = "none",
+        py::arg("window") = Window{kUnlimited, kUnlimited}, py::arg("has_modifiers") = false,
+        py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 * 1024);
+}
+
+}  // namespace fastattn::testing
