@@ -28,13 +28,13 @@ EXTENSION := build/.extension
 CORE := build/cmake/.built
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench test venv build core lint format typecheck sanitize wheel clean distclean
+.PHONY: help bench test venv build core lint format typecheck sanitize cuda-gate gpu-check wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@echo "fastattn: fused attention kernels for PyTorch"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST) | head -n 4
 
@@ -62,6 +62,12 @@ typecheck: venv  ## check types alone
 
 sanitize: venv  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/sanitize.sh
+
+cuda-gate: build  ## hold what ptxas made of the CUDA kernels against docs/cuda-resources.md (needs nvcc, no GPU)
+	$(PY) scripts/cuda_gate.py
+
+gpu-check: build  ## check everything that needs an NVIDIA GPU, and time it
+	PYTHON=$(PY) scripts/gpu_check.sh
 
 wheel: venv  ## build the sdist and, from it, the wheel into dist/
 	rm -rf dist
