@@ -17,96 +17,96 @@ namespace fastattn::cuda {
 
 using emulator::Site;
 
-FASTATTN_DEVICE int thread_index() { return emulator::thread_index(); }
-FASTATTN_DEVICE int64_t block_index() { return emulator::block_index(); }
-FASTATTN_DEVICE int64_t grid_blocks() { return emulator::grid_blocks(); }
-FASTATTN_DEVICE SharedAddress shared_base() { return emulator::shared_base(); }
+FASTATTN_DEVICE int thread_index() { return emulator::device::thread_index(); }
+FASTATTN_DEVICE int64_t block_index() { return emulator::device::block_index(); }
+FASTATTN_DEVICE int64_t grid_blocks() { return emulator::device::grid_blocks(); }
+FASTATTN_DEVICE SharedAddress shared_base() { return emulator::device::shared_base(); }
 
 FASTATTN_DEVICE uint32_t opaque(uint32_t x) { return x; }
 
-FASTATTN_DEVICE void sync_block(Site site = Site::current()) { emulator::sync_block(site); }
-FASTATTN_DEVICE void sync_warp(Site site = Site::current()) { emulator::sync_warp(site); }
+FASTATTN_DEVICE void sync_block(Site site = Site::current()) { emulator::device::sync_block(site); }
+FASTATTN_DEVICE void sync_warp(Site site = Site::current()) { emulator::device::sync_warp(site); }
 
 FASTATTN_DEVICE float shuffle_xor(float x, int lane_mask, Site site = Site::current()) {
-  return std::bit_cast<float>(emulator::shuffle_xor(std::bit_cast<uint32_t>(x), lane_mask, site));
+  return std::bit_cast<float>(emulator::device::shuffle_xor(std::bit_cast<uint32_t>(x), lane_mask, site));
 }
 FASTATTN_DEVICE uint32_t shuffle_xor(uint32_t x, int lane_mask, Site site = Site::current()) {
-  return emulator::shuffle_xor(x, lane_mask, site);
+  return emulator::device::shuffle_xor(x, lane_mask, site);
 }
 
 // ---- Matrix fragments ----------------------------------------------------------------------------------------------
 
 FASTATTN_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row, Site site = Site::current()) {
-  emulator::ldmatrix(r, row, false, site);
+  emulator::device::ldmatrix(r, row, false, site);
 }
 FASTATTN_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row, Site site = Site::current()) {
-  emulator::ldmatrix(r, row, true, site);
+  emulator::device::ldmatrix(r, row, true, site);
 }
 FASTATTN_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                               Site site = Site::current()) {
-  emulator::mma_bf16(d, a, b0, b1, site);
+  emulator::device::mma_bf16(d, a, b0, b1, site);
 }
 FASTATTN_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                              Site site = Site::current()) {
-  emulator::mma_f16(d, a, b0, b1, site);
+  emulator::device::mma_f16(d, a, b0, b1, site);
 }
 FASTATTN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                               Site site = Site::current()) {
-  emulator::mma_tf32(d, a, b0, b1, site);
+  emulator::device::mma_tf32(d, a, b0, b1, site);
 }
 
 // ---- Copies --------------------------------------------------------------------------------------------------------
 
 FASTATTN_DEVICE void cp_async_16(SharedAddress dst, const void* src, int bytes, Site site = Site::current()) {
-  emulator::cp_async(dst, src, bytes, site);
+  emulator::device::cp_async(dst, src, bytes, site);
 }
-FASTATTN_DEVICE void cp_async_commit(Site site = Site::current()) { emulator::cp_async_commit(site); }
+FASTATTN_DEVICE void cp_async_commit(Site site = Site::current()) { emulator::device::cp_async_commit(site); }
 template <int kPending>
 FASTATTN_DEVICE void cp_async_wait(Site site = Site::current()) {
-  emulator::cp_async_wait(kPending, site);
+  emulator::device::cp_async_wait(kPending, site);
 }
 
 FASTATTN_DEVICE uint32_t load_shared_u32(SharedAddress at, Site site = Site::current()) {
   uint32_t x;
-  emulator::load_shared_4(at, &x, site);
+  emulator::device::load_shared_4(at, &x, site);
   return x;
 }
 FASTATTN_DEVICE float load_shared_f32(SharedAddress at, Site site = Site::current()) {
   float x;
-  emulator::load_shared_4(at, &x, site);
+  emulator::device::load_shared_4(at, &x, site);
   return x;
 }
 FASTATTN_DEVICE U32x4 load_shared_u32x4(SharedAddress at, Site site = Site::current()) {
   U32x4 v;
-  emulator::load_shared_16(at, &v, site);
+  emulator::device::load_shared_16(at, &v, site);
   return v;
 }
 FASTATTN_DEVICE F32x4 load_shared_f32x4(SharedAddress at, Site site = Site::current()) {
   F32x4 v;
-  emulator::load_shared_16(at, &v, site);
+  emulator::device::load_shared_16(at, &v, site);
   return v;
 }
 FASTATTN_DEVICE void store_shared_u32(SharedAddress at, uint32_t x, Site site = Site::current()) {
-  emulator::store_shared_4(at, &x, site);
+  emulator::device::store_shared_4(at, &x, site);
 }
 FASTATTN_DEVICE void store_shared_f32(SharedAddress at, float x, Site site = Site::current()) {
-  emulator::store_shared_4(at, &x, site);
+  emulator::device::store_shared_4(at, &x, site);
 }
 FASTATTN_DEVICE void store_shared_u32x4(SharedAddress at, U32x4 v, Site site = Site::current()) {
-  emulator::store_shared_16(at, &v, site);
+  emulator::device::store_shared_16(at, &v, site);
 }
 FASTATTN_DEVICE void store_shared_f32x4(SharedAddress at, F32x4 v, Site site = Site::current()) {
-  emulator::store_shared_16(at, &v, site);
+  emulator::device::store_shared_16(at, &v, site);
 }
 
 FASTATTN_DEVICE U32x4 load_global_u32x4(const void* at, Site site = Site::current()) {
-  emulator::check_global_16(at, site);
+  emulator::device::check_global_16(at, site);
   U32x4 v;
   std::memcpy(&v, at, sizeof(v));
   return v;
 }
 FASTATTN_DEVICE void store_global_u32x4(void* at, U32x4 v, Site site = Site::current()) {
-  emulator::check_global_16(at, site);
+  emulator::device::check_global_16(at, site);
   std::memcpy(at, &v, sizeof(v));
 }
 

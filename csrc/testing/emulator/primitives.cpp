@@ -53,6 +53,8 @@ template <uint32_t kBytes, bool kIsStore>
 
 }  // namespace
 
+namespace device {
+
 int thread_index() { return current->index; }
 int64_t block_index() { return current->warp->block->block_index; }
 int64_t grid_blocks() { return current->warp->block->grid_blocks; }
@@ -208,4 +210,5 @@ void check_global_16(const void* at, Site site) {
                              ")");
 }
 
+}  // namespace device
 }  // namespace fastattn::emulator

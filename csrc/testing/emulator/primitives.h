@@ -9,6 +9,9 @@ namespace fastattn::emulator {
 
 enum class MmaType : uint8_t { kBf16, kF16, kTf32 };
 
+// In a namespace of their own: a Site among the arguments would make them candidates beside those of fastattn::cuda.
+namespace device {
+
 // Constant for the thread that asks, for as long as it runs.
 [[gnu::const]] int thread_index();
 [[gnu::const]] int64_t block_index();
@@ -31,4 +34,5 @@ void store_shared_4(uint32_t at, const void* x, Site site);
 void store_shared_16(uint32_t at, const void* x, Site site);
 void check_global_16(const void* at, Site site);
 
+}  // namespace device
 }  // namespace fastattn::emulator

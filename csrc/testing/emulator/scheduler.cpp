@@ -59,22 +59,23 @@ void start_fiber() {
   self.warp->block->run_fiber(self);
 }
 
-// A fiber lives as long as its Block: it runs the body once for every block of a grid, whichever grid that is.
+// A fiber lives as long as its Block: it runs the body once for every block of a grid, whichever grid that is. In
+// between, nothing on its stack may need a destructor, for it may never be resumed.
 void Block::run_fiber(Thread& self) {
   for (;;) {
     self.is_running_body = true;
-    std::string error;
-    // No exception may cross a switch: it ends here, and what it said goes on as text.
+    // No exception may cross a switch: it ends here, and what it says goes on as text. The first one counts.
     try {
       body_(arg_);
     } catch (const Cancelled&) {
+    } catch (const Failure& report) {
+      if (!is_cancelled_) failure_ = report.what();
     } catch (const std::exception& thrown) {
-      error = thrown.what();
+      if (!is_cancelled_) failure_ = describe_exception(self, thrown.what());
     } catch (...) {
-      error = "fastattn emulator: the kernel threw something that is no std::exception";
+      if (!is_cancelled_) failure_ = describe_exception(self, "what is no std::exception");
     }
     self.is_running_body = false;
-    if (!is_cancelled_) failure_ = error;
     Context& next = failure_.empty() ? leave(self) : scheduler_;
     switch_context(self.context, next);
   }
@@ -323,6 +324,10 @@ std::string describe_call(SiteKind kind, Site site) {
 
 }  // namespace
 
+std::string Block::describe_exception(const Thread& self, const char* what) const {
+  return join("fastattn emulator: block ", block_index, ", thread ", self.index, ": the kernel threw: ", what);
+}
+
 std::string Block::describe_deadlock() const {
   std::map<std::string, std::vector<uint32_t>> threads_by_state;
   for (const Warp& warp : warps) {
@@ -370,7 +375,7 @@ void Block::fail_parted(const Warp& warp, SiteKind kind, Site site) const {
        describe_call(kind, site));
 }
 
-void Block::fail_deadlock() const { throw std::runtime_error(describe_deadlock()); }
+void Block::fail_deadlock() const { throw Failure(describe_deadlock()); }
 
 Report Block::report() const {
   Report report;

@@ -131,6 +131,7 @@ struct Block {
   Thread* finish(Thread& self, SiteKind kind, Site site, Complete complete);
 
   std::string describe(Actor actor) const;
+  std::string describe_exception(const Thread& self, const char* what) const;
   std::string describe_deadlock() const;
 
   std::unique_ptr<Stacks> stacks_;
@@ -141,6 +142,11 @@ struct Block {
   int at_barrier_ = 0, exited_ = 0;
   bool is_cancelled_ = false;
   std::string failure_;
+};
+
+// A report, on its way out of the fiber that it is about.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 // Unwinds the fibers of a block that has failed elsewhere.
@@ -161,8 +167,7 @@ std::string describe(Site site);
 // Names the block and the thread.
 template <class... Parts>
 void Block::fail(const Parts&... what) const {
-  throw std::runtime_error(
-      join("fastattn emulator: block ", block_index, ", thread ", current->index, ": ", what..., "."));
+  throw Failure(join("fastattn emulator: block ", block_index, ", thread ", current->index, ": ", what..., "."));
 }
 
 // ---- The way that every collective takes --------------------------------------------------------------------------
