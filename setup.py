@@ -101,17 +101,21 @@ class Build(BuildExtension):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, no_python_abi_suffix=True, use_ninja=True, **kwargs)
 
+    def run(self) -> None:
+        inplace = self.inplace or self.editable_mode  # the former is off while the base class runs
+        super().run()
+        if toolkit is None:
+            print(f"fastattn: built without the CUDA kernels: {why_without_cuda}")
+            # One of older sources must not meet the new CPU library.
+            for folder in [Path(self.build_lib), *([ROOT] if inplace else [])]:
+                (folder / "fastattn" / "_C_cuda.so").unlink(missing_ok=True)
+
     def build_extensions(self) -> None:
         everything = self.extensions
         self.extensions = [extension for extension in everything if extension.name != CUDA_LIBRARY]
         super().build_extensions()
         self.extensions = everything
         if toolkit is None:
-            print(f"fastattn: built without the CUDA kernels: {why_without_cuda}")
-            # One of other sources must not meet this CPU library.
-            Path(self.get_ext_fullpath(CUDA_LIBRARY)).unlink(missing_ok=True)
-            if self.inplace or self.editable_mode:
-                (ROOT / "fastattn" / "_C_cuda.so").unlink(missing_ok=True)
             return
         cuda_build.build(
             Path(self.get_ext_fullpath(CUDA_LIBRARY)),

@@ -80,7 +80,7 @@ def info() -> Info:
         isa_forced_by=f"{_ops.CAPABILITY_VARIABLE}={capability}" if capability else None,
         threads=torch.get_num_threads(),
         cuda=_cuda_state(),
-        cuda_build={} if _cuda.missing else _lines(ops._cuda_build_info()),
+        cuda_build={} if _cuda.missing else _cuda_build(),
         build=_lines(ops._build_info()),
         provider=_provider.state(),
         sdpa_replaced=_sdpa._switch.active,
@@ -101,6 +101,12 @@ def _processor() -> str:
 def _lines(text: str) -> dict[str, str]:
     """Lines "key: value", as the libraries describe themselves."""
     return dict(line.split(": ", 1) for line in text.splitlines())
+
+
+def _cuda_build() -> dict[str, str]:
+    """The toolkit ("cuda" to the library) and the architectures ("cuda archs")."""
+    lines = _lines(torch.ops.fastattn._cuda_build_info())
+    return {"toolkit" if key == "cuda" else key.removeprefix("cuda "): text for key, text in lines.items()}
 
 
 def _cuda_state() -> str:

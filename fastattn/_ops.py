@@ -374,6 +374,8 @@ def attention_by_reference(
     """o and lse as attention_forward gives them, through plain torch operations in the accumulator type."""
     from fastattn import reference
 
+    if kv_lengths is not None and kv_lengths.is_cuda:
+        kv_lengths = kv_lengths.clamp(0, k.shape[2])  # as the kernels do, for nobody has checked them
     keep = None
     if dropout_p > 0.0:
         B, Hq, Lq, _ = q.shape

@@ -251,6 +251,7 @@ class Expected:
 # Tests go through the levels of a case and dtype one after the other.
 @functools.lru_cache(maxsize=2)
 def expected(case: Case, dtype: torch.dtype, seed: int = 0) -> Expected:
+    """On the CPU. Dropout keeps what the CPU's generator draws."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for such small operations cost more than they bring
     inputs = make_inputs(case, dtype)

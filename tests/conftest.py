@@ -14,12 +14,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 import fastattn  # noqa: F401  (loads the operators)
+from fastattn import _cuda
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def supported_isas() -> list[str]:
     return torch.ops.fastattn._supported_isas().split(",")
+
+
+def cuda_obstacle() -> str | None:
+    """Why nothing can be tested on a GPU here; None = it can."""
+    if _cuda.missing is not None:
+        return _cuda.missing
+    return _cuda.obstacle(0) if torch.cuda.is_available() else _cuda.why_no_device()
 
 
 @pytest.fixture(params=ISAS)
@@ -51,3 +59,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lacking = [level for level in ISAS if level not in supported_isas()]
     if lacking:
         terminalreporter.write_line(f"fastattn: not tested, for this processor lacks them: {', '.join(lacking)}")
+    if (obstacle := cuda_obstacle()) is not None:
+        terminalreporter.write_line(f"fastattn: CUDA was not tested at all, no kernel ran on a GPU: {obstacle}")

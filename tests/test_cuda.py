@@ -1,0 +1,744 @@
+"""The kernels on a GPU: the case table, and what only a GPU has: streams, graphs, several devices, code from Inductor.
+
+Nothing here runs without a GPU; the same kernels run in the emulator, and the operators' handling of CUDA tensors that
+needs no GPU is in test_cuda_binding.py. scripts/gpu_check.sh runs this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastattn
+from fastattn import _cuda, reference
+from fastattn._ops import draw_rng_state
+
+from .cases import CASES, Case, Inputs, make_inputs
+from .compare import Quantities, compute, expected, gradients, violations
+from .conftest import cuda_obstacle
+from .gpu import DEVICE, moved, moved_inputs, on_cpu, seeds_of_the_cpu
+from .test_determinism import differences
+
+if (obstacle := cuda_obstacle()) is not None:
+    pytest.skip(f"no CUDA: {obstacle}", allow_module_level=True)
+
+ops = torch.ops.fastattn
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+
+# One of each kind of work: dense and masked tiles, few rows over many keys, every modifier, every gradient.
+MIXED = [
+    Case(197, 197, D=64, B=2, Hkv=3),
+    Case(150, 333, D=32, Hkv=1, gqa=4, causal="bottom_right"),
+    Case(600, 900, D=128, Hkv=1, causal="top_left", sinks=True),
+    Case(70, 530, D=24, Dv=40, B=2, gqa=2, bias="11qk", alibi="h"),
+    Case(300, 130, D=96, B=2, bias="1h1k", bias_values="min", mask="b1qk", mask_values="blocks"),
+    Case(130, 300, D=16, B=3, gqa=2, bias="1111", softcap=5.0, kv_lengths=(300, 0, 131), window=(70, 20)),
+    Case(90, 280, D=33, B=2, gqa=3, dropout_p=0.3, causal="bottom_right", layout="blhd"),
+    Case(70, 200, D=256, Dv=192, B=2),
+    Case(1, 4000, D=128, Hkv=2, gqa=8),
+    Case(3, 2000, D=64, B=2, gqa=2, bias="b11k", kv_lengths=(2000, 777)),
+]
+each_mixed = pytest.mark.parametrize("case", MIXED, ids=lambda case: case.id)
+
+
+def on_gpu(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    return moved_inputs(make_inputs(case, dtype, seed))
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False, device: Any = DEVICE) -> Tensor:
+    return torch.randn(shape, dtype=dtype).to(device).requires_grad_(grad)
+
+
+@pytest.fixture(autouse=True)
+def first_device() -> Iterator[None]:
+    with torch.cuda.device(DEVICE):
+        yield
+        # An error of a kernel would otherwise show up in another test.
+        torch.cuda.synchronize()
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def too_wide(case: Case) -> bool:
+    return max(case.D, case.value_dim) > _cuda.MAX_HEAD_DIM
+
+
+@each_dtype
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    inputs = on_gpu(case, dtype).require_grad()
+    if too_wide(case):
+        with pytest.raises(ValueError, match="head dimension 300; the CUDA kernels take at most 256"):
+            compute(inputs)
+        return
+    with seeds_of_the_cpu():
+        fast = compute(inputs)
+    for name, x in fast.items():
+        assert x.device == DEVICE, name
+    broken = violations(on_cpu(fast), expected(case, dtype))
+    assert not broken, "\n".join([f"{case.id} in {dtype} on {torch.cuda.get_device_name(DEVICE)}:", *broken])
+
+
+# Sizes that fill a GPU, which the table's do not: several waves of blocks, more of them than a grid has along y, key
+# lengths that are split. In one dtype each, for plain code in float64 takes its time.
+LARGE = [
+    (Case(2048, 2048, D=64, B=2, Hkv=8, causal="bottom_right"), torch.bfloat16),
+    (Case(2048, 2048, D=128, Hkv=2, gqa=4, causal="top_left"), torch.bfloat16),
+    (Case(1500, 1700, D=128, Hkv=4, window=(256, 0)), torch.float16),
+    (Case(1024, 1024, D=64, Hkv=4), torch.float32),
+    (Case(1000, 1100, D=64, B=2, Hkv=4, bias="1hqk"), torch.bfloat16),
+    (Case(17, 19, D=32, B=70000, Hkv=1), torch.bfloat16),
+    (Case(1, 33, D=32, B=1, Hkv=70000), torch.bfloat16),
+    (Case(1, 65536, D=128, Hkv=1, gqa=8), torch.bfloat16),
+    (Case(65536, 20, D=32, Hkv=1), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), [pytest.param(*x, id=f"{x[0].id}-{NAMES[x[1]]}") for x in LARGE])
+def test_large(case: Case, dtype: torch.dtype) -> None:
+    """Against plain code on the GPU: in float64 for the exact values, and in the dtype for what may be off."""
+    inputs = on_gpu(case, dtype).require_grad()
+    fast = compute(inputs)
+
+    def plain(dtype: torch.dtype) -> Quantities:
+        copies = [x.detach().to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.d_o)]
+        kwargs = {k: x.detach().to(dtype) if isinstance(x, Tensor) else x for k, x in inputs.kwargs.items()}
+        copy = Inputs(*copies, inputs.d_lse, kwargs).require_grad()
+        return gradients(*reference.attention(copy.q, copy.k, copy.v, return_lse=True, **kwargs), copy)
+
+    exact, baseline = plain(torch.float64), plain(dtype)
+    for name, wanted in exact.items():
+        off = (fast[name].double() - wanted).abs().max().item()
+        allowed = (baseline[name].double() - wanted).abs().max().item()
+        tiny = 4 * torch.finfo(fast[name].dtype).eps * wanted.abs().max().item()
+        assert off <= 2 * allowed + tiny, f"{name} is off by {off:.3g}; plain {dtype} code by {allowed:.3g}"
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "kind", [{}, {"bias": "11qk"}, {"sinks": True, "causal": "bottom_right"}, {"softcap": 2.0, "bias": "1h1k"}], ids=str
+)
+def test_gradients_are_slopes(kind: dict[str, Any], dtype: torch.dtype) -> None:
+    """Along a random direction the loss changes as the gradients say: no other formula is involved."""
+    inputs = on_gpu(Case(37, 45, D=32, B=2, gqa=2, **kind), dtype).require_grad()
+    named = inputs.differentiable()
+    found = compute(inputs)
+    directions = {name: torch.randn_like(x) for name, x in named.items()}
+    slope = sum((found[f"d{name}"].double() * d.double()).sum() for name, d in directions.items())
+
+    def loss(step: float) -> Tensor:
+        moved = {name: (x.detach().double() + step * directions[name].double()) for name, x in named.items()}
+        kwargs = inputs.kwargs | {name: moved[name] for name in ("bias", "sinks") if name in moved}
+        q, k, v = (moved[name].float() for name in "qkv")
+        kwargs = {name: x.float() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        o, lse = fastattn.attention(q, k, v, return_lse=True, **kwargs)
+        return (o.double() * inputs.d_o.double()).sum() + (lse.double() * inputs.d_lse.double()).sum()
+
+    step = 1e-2
+    measured = (loss(step) - loss(-step)) / (2 * step)
+    size = math.sqrt(sum(found[f"d{name}"].double().square().sum().item() for name in named))
+    # float32's noise in the loss, over the step; and the rounding of 16-bit gradients, which is independent.
+    noise = size * torch.finfo(dtype).eps + 2e-7 * abs(loss(0.0).item()) / step + 2e-3 * size
+    torch.testing.assert_close(slope, measured, rtol=0, atol=4 * noise)
+
+
+def test_second_derivatives() -> None:
+    """They go through plain torch operations on the GPU, dropout's mask included."""
+    q, k, v = (randn(2, 2, 9, 16, dtype=torch.float32, grad=True) for _ in range(3))
+
+    def penalty(attention: Callable[..., Any]) -> Any:
+        o = attention(q, k, v)
+        grads = torch.autograd.grad(o.square().sum(), (q, k, v), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))
+
+    state = draw_rng_state(DEVICE)
+    keep = ops.dropout_mask(state, 2, 2, 9, 9, 0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastattn._ops, "draw_rng_state", lambda device: state)
+        ours = penalty(lambda *qkv: fastattn.attention(*qkv, causal=True, dropout_p=0.3))
+    wanted = penalty(lambda *qkv: reference.attention(*qkv, causal=True, dropout_p=0.3, dropout_keep=keep))
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0), (0, 0, 0, 0)], ids=str)
+@each_dtype
+def test_empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    B, H, Lq, Lk = shape
+    q, k, v = (randn(B, H, L, D, dtype=dtype, grad=True) for L, D in ((Lq, 16), (Lk, 16), (Lk, 8)))
+    bias = randn(1, 1, Lq, Lk, dtype=dtype, grad=True)
+    sinks = torch.zeros(H, device=DEVICE, requires_grad=True)
+    o, lse = fastattn.attention(q, k, v, bias=bias, sinks=sinks, return_lse=True)
+    assert o.shape == (B, H, Lq, 8)
+    assert not o.any()
+    assert (lse == -torch.inf).all()
+    grads = torch.autograd.grad([o, lse], [q, k, v, bias, sinks], [torch.ones_like(o), torch.ones_like(lse)])
+    for x, grad in zip((q, k, v, bias, sinks), grads, strict=True):
+        assert grad.shape == x.shape
+        assert not grad.any()
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+def test_how_tensors_lie_changes_no_bit(dtype: torch.dtype) -> None:
+    """Aligned rows are copied in 16 bytes at a time, others element by element."""
+    plain = Case(97, 133, D=40, Dv=24, B=2, gqa=2, causal="bottom_right", bias="1hqk", mask="b1qk", sinks=True)
+    inputs = make_inputs(plain, dtype)
+    first = compute(moved_inputs(inputs).require_grad())
+    for layout in ("blhd", "qkv", "offset", "columns"):
+        other = make_inputs(dataclasses.replace(plain, layout=layout), dtype)
+        for name in ("q", "k", "v", "d_o", "d_lse"):
+            getattr(other, name).copy_(getattr(inputs, name))
+        for name in ("bias", "mask", "sinks"):
+            other.kwargs[name].copy_(inputs.kwargs[name])
+        assert not differences(compute(moved_inputs(other).require_grad()), first), layout
+
+
+@each_dtype
+@pytest.mark.parametrize("shift", [1, 2, 4, 8])
+def test_any_alignment(shift: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case(65, 90, D=64, B=2, causal="bottom_right"), dtype)
+    first = compute(moved_inputs(inputs).require_grad())
+
+    def shifted(x: Tensor) -> Tensor:
+        memory = torch.zeros(x.numel() + shift, dtype=x.dtype, device=DEVICE)
+        view = memory[shift:].view(x.shape)
+        view.copy_(x)
+        return view
+
+    q, k, v, d_o = (shifted(x) for x in (inputs.q, inputs.k, inputs.v, inputs.d_o))
+    other = Inputs(q, k, v, d_o, inputs.d_lse.to(DEVICE), inputs.kwargs)
+    assert not differences(compute(other.require_grad()), first)
+
+
+@each_dtype
+@pytest.mark.parametrize("Lq", [1, 70])
+def test_what_lies_around_is_not_read(Lq: int, dtype: torch.dtype) -> None:
+    """NaN before, between and after the rows, and in the keys beyond kv_lengths: no bit changes."""
+    case = Case(Lq, 131, D=40, Dv=72, B=2, gqa=2, causal="bottom_right", kv_lengths=(100, 131))
+    inputs = make_inputs(case, dtype)
+    first = compute(moved_inputs(inputs).require_grad())
+
+    def poisoned(x: Tensor) -> Tensor:
+        B, H, L, D = x.shape
+        around = torch.full((B + 1, H + 1, L + 130, D + 24), torch.nan, dtype=x.dtype, device=DEVICE)
+        view = around[:B, :H, 1 : L + 1, 8 : D + 8]
+        view.copy_(x)
+        return view
+
+    q, k, v, d_o = (poisoned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.d_o))
+    k[0, :, 100:] = torch.nan
+    v[0, :, 100:] = torch.nan
+    other = dataclasses.replace(moved_inputs(inputs), q=q, k=k, v=v, d_o=d_o).require_grad()
+    assert not differences(compute(other), first)
+
+
+@each_dtype
+def test_lengths_beyond_the_keys_count_as_the_nearest(dtype: torch.dtype) -> None:
+    q, k, v = (randn(3, 2, L, 32, dtype=dtype, grad=True) for L in (20, 50, 50))
+    results = []
+    for lengths in ((-7, 90, 2**31 - 1), (0, 50, 50)):
+        kv_lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        o, lse = fastattn.attention(q, k, v, causal=True, kv_lengths=kv_lengths, return_lse=True)
+        results.append((o, lse, *torch.autograd.grad(o.float().sum(), (q, k, v))))
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "bias"])
+def test_elements_beyond_2_to_the_31(which: str) -> None:
+    """A batch stride of more than 2^31 elements."""
+    stride = 2**31 + 128
+    free, _ = torch.cuda.mem_get_info(DEVICE)
+    if free < 2 * stride + 2**30:
+        pytest.skip(f"needs {2 * stride >> 30} GiB of GPU memory, of which {free >> 30} are free")
+    inputs = on_gpu(Case(40, 60, D=64, B=2, Hkv=1, bias="b1qk"), torch.bfloat16)
+    first = compute(inputs.require_grad())
+    tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "bias": inputs.kwargs["bias"]}
+    x = tensors[which].detach()
+    far = torch.empty(stride + x[0].numel(), dtype=x.dtype, device=DEVICE).as_strided(
+        x.shape, (stride, *x.stride()[1:])
+    )
+    tensors[which] = far.copy_(x)
+    kwargs = {"bias": tensors.pop("bias").detach()}
+    other = Inputs(**{n: t.detach() for n, t in tensors.items()}, d_o=inputs.d_o, d_lse=inputs.d_lse, kwargs=kwargs)
+    assert not differences(compute(other.require_grad()), first)
+
+
+def test_memory_that_does_not_exist() -> None:
+    """2^45 bytes of results. Training loops recognise the type, and the text."""
+    huge = torch.zeros(1, 1, 1, 1, device=DEVICE).expand(2**14, 2**13, 2**10, 64)
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(torch.OutOfMemoryError, match=r"^fastattn: CUDA out of memory: a torch.float32 tensor of shape"):
+        fastattn.attention(huge, huge, huge)
+    assert torch.cuda.memory_allocated() == before
+    assert fastattn.attention(*[randn(1, 1, 4, 16)] * 3).shape == (1, 1, 4, 16)
+
+
+def test_memory_does_not_grow_with_the_square() -> None:
+    """Forward and backward of 16k x 16k scores in less than one such matrix of bits."""
+    q, k, v = (randn(1, 2, 16384, 64, grad=True) for _ in range(3))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fastattn.attention(q, k, v, causal=True).sum().backward()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 16384**2 // 8 * 2
+
+
+# --- The same bits ---------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@each_mixed
+def test_50_repeats_are_bit_equal(case: Case, dtype: torch.dtype) -> None:
+    """With other work in between, which leaves its traces in scratch memory and moves allocations."""
+    inputs = on_gpu(case, dtype).require_grad()
+    other = on_gpu(Case(83, 147, D=48, B=2, dropout_p=0.1), dtype).require_grad()
+    first = compute(inputs)
+    held = []
+    for repeat in range(50):
+        if repeat % 10 == 0:
+            held.append(torch.full((1000 * repeat + 33,), torch.nan, device=DEVICE))
+            compute(other)
+        assert not differences(compute(inputs), first), f"repeat {repeat}"
+
+
+@each_mixed
+def test_the_deterministic_flag_changes_nothing(case: Case) -> None:
+    """The only backward pass there is, is deterministic; and torch has nothing to complain about."""
+    inputs = on_gpu(case, torch.bfloat16).require_grad()
+    first = compute(inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not differences(compute(inputs), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# --- Dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999999, 1.0])
+def test_the_mask_is_the_cpus(p: float) -> None:
+    for shape in ((2, 3, 37, 130), (1, 1, 1, 1), (1, 2, 3, 1001), (0, 1, 2, 3)):
+        state = torch.tensor([2**62 + 12345, 2**40 + 7])
+        mask = ops.dropout_mask(state.to(DEVICE), *shape, p)
+        assert mask.device == DEVICE
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask.cpu(), ops.dropout_mask(state, *shape, p))
+        strided = torch.stack((state, state + 1), 1)[:, 0]
+        assert torch.equal(mask, ops.dropout_mask(moved(strided), *shape, p))
+
+
+def test_the_seed_is_drawn_on_the_device() -> None:
+    q, k, v = (randn(1, 2, 40, 32) for _ in range(3))
+
+    def draw() -> Tensor:
+        return fastattn.attention(q, k, v, dropout_p=0.5)
+
+    for seed in (torch.manual_seed, torch.cuda.manual_seed):
+        seed(5)
+        first, second = draw(), draw()
+        assert not torch.equal(first, second)
+        seed(5)
+        assert torch.equal(draw(), first)
+    of_the_cpu = torch.get_rng_state()
+    draw()
+    assert torch.equal(torch.get_rng_state(), of_the_cpu)
+
+
+# --- Streams, and waiting --------------------------------------------------------------------------------------------
+
+A_WHILE = 400_000_000  # cycles of torch.cuda._sleep: some tenths of a second
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "columns"])
+def test_current_stream(layout: str) -> None:
+    """On a stream of one's own, inputs that are written late are read late: forward, backward and copies of rows."""
+    case = Case(70, 131, D=64, B=2, gqa=2, bias="1hqk", sinks=True, layout=layout)
+    inputs, late = on_gpu(case, torch.bfloat16), on_gpu(case, torch.bfloat16)
+    wanted = compute(inputs.require_grad())
+    real = inputs.differentiable() | {"d_o": inputs.d_o, "d_lse": inputs.d_lse}
+    targets = late.differentiable() | {"d_o": late.d_o, "d_lse": late.d_lse}
+    for x in targets.values():
+        x.zero_()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(A_WHILE)
+        with torch.no_grad():
+            for name, x in targets.items():
+                x.copy_(real[name])
+        found = compute(late.require_grad())
+    stream.synchronize()
+    assert not differences(found, wanted)
+
+
+def test_nothing_waits() -> None:
+    """While the GPU is busy, forward and backward of everything that a call can have are queued behind."""
+    inputs = on_gpu(
+        Case(70, 131, D=64, B=2, gqa=2, bias="1hqk", mask="b1qk", alibi="h", sinks=True, kv_lengths=(100, 131),
+             dropout_p=0.2, causal="bottom_right"),
+        torch.bfloat16,
+    ).require_grad()  # fmt: skip
+    compute(inputs)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10 * A_WHILE)
+    slept = torch.cuda.Event()
+    slept.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        start = time.perf_counter()
+        compute(inputs)
+        seconds = time.perf_counter() - start
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not slept.query(), f"the call returned {seconds:.3f} s later, after the work queued before it"
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@each_dtype
+@each_mixed
+def test_graph(case: Case, dtype: torch.dtype) -> None:
+    """Captured once, replayed with other numbers, lengths included: the same bits as without a graph."""
+    case = dataclasses.replace(case, dropout_p=0.0)
+    inputs = on_gpu(case, dtype).require_grad()
+
+    def step() -> Quantities:
+        return gradients(*fastattn.attention(inputs.q, inputs.k, inputs.v, return_lse=True, **inputs.kwargs), inputs)
+
+    graph, results = captured(step)
+    for seed in (1, 2):
+        new = on_gpu(case, dtype, seed)
+        with torch.no_grad():
+            for name, x in inputs.differentiable().items():
+                x.copy_(new.differentiable()[name])
+            inputs.d_o.copy_(new.d_o)
+            if "kv_lengths" in inputs.kwargs:
+                inputs.kwargs["kv_lengths"].copy_(inputs.kwargs["kv_lengths"].flip(0))
+        graph.replay()
+        replayed = {name: x.clone() for name, x in results.items()}
+        assert not differences(replayed, step()), f"seed {seed}"
+
+
+def test_graph_with_dropout_draws_anew() -> None:
+    q, k = (randn(1, 1, 64, 32, dtype=torch.float32) for _ in range(2))
+    v = torch.eye(64, device=DEVICE).view(1, 1, 64, 64)  # o is the matrix of weights
+    graph, o = captured(lambda: fastattn.attention(q, k, v, dropout_p=0.5))
+    torch.manual_seed(3)
+    masks = []
+    for _ in range(4):
+        graph.replay()
+        masks.append(o == 0)
+        assert 0.4 < masks[-1].float().mean().item() < 0.6
+    for i, mask in enumerate(masks):
+        for other in masks[:i]:
+            assert 0.4 < (mask ^ other).float().mean().item() < 0.6
+    torch.manual_seed(3)
+    graph.replay()
+    assert torch.equal(o == 0, masks[0])
+
+
+def test_graph_with_dropout_differentiates_what_it_drew() -> None:
+    """In a graph of forward and backward, both see one mask: where o has no weight, v gets no gradient from it."""
+    q, k = (randn(1, 1, 64, 32, dtype=torch.float32, grad=True) for _ in range(2))
+    v = torch.eye(64, device=DEVICE).view(1, 1, 64, 64).requires_grad_()
+    d_o = randn(1, 1, 64, 64, dtype=torch.float32)
+
+    def step() -> tuple[Tensor, ...]:
+        o = fastattn.attention(q, k, v, dropout_p=0.5)
+        return o, *torch.autograd.grad(o, (q, k, v), d_o)
+
+    graph, (o, _, _, dv) = captured(step)
+    for _ in range(3):
+        graph.replay()
+        torch.testing.assert_close(dv, o.mT @ d_o, rtol=1e-4, atol=1e-5)
+
+
+# --- torch.compile, opcheck, autocast --------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Inductor needs Triton for a GPU")
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(backend: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    def step(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        o, lse = fastattn.attention(q * 2, k, v, bias=bias, causal=True, softcap=20.0, return_lse=True)
+        return o.sin(), lse
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic)
+    for Lq, Lk in ((33, 40), (50, 70)):
+        tensors = [randn(2, 4, Lq, 32, grad=True), *(randn(2, 2, Lk, 32, grad=True) for _ in range(2)),
+                   randn(4, Lq, Lk, grad=True)]  # fmt: skip
+        found, wanted = compiled(*tensors), step(*tensors)
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+        grads = [torch.autograd.grad([x.float().sum() for x in results], tensors) for results in (found, wanted)]
+        torch.testing.assert_close(grads[0], grads[1], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_with_dropout(backend: str) -> None:
+    torch._dynamo.reset()
+    q, k = (randn(1, 1, 64, 32, dtype=torch.float32) for _ in range(2))
+    v = torch.eye(64, device=DEVICE).view(1, 1, 64, 64)
+    compiled = torch.compile(lambda: fastattn.attention(q, k, v, dropout_p=0.5), backend=backend, fullgraph=True)
+    torch.manual_seed(1)
+    first, second = compiled(), compiled()
+    assert 0.4 < (first == 0).float().mean().item() < 0.6
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(), first)
+
+
+@needs_triton
+def test_compile_into_a_graph() -> None:
+    torch._dynamo.reset()
+    q, k, v = (randn(2, 4, 70, 64, grad=True) for _ in range(3))
+    compiled = torch.compile(lambda q, k, v: fastattn.attention(q, k, v, causal=True), mode="reduce-overhead")
+    wanted = torch.autograd.grad(fastattn.attention(q, k, v, causal=True).float().sum(), (q, k, v))
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = torch.autograd.grad(compiled(q, k, v).float().sum(), (q, k, v))
+        torch.testing.assert_close(found, wanted)
+
+
+def operator_arguments(case: Case, dtype: torch.dtype) -> list[Any]:
+    x = on_gpu(case, dtype)
+    names = ("bias", "mask", "alibi_slopes", "sinks", "kv_lengths")
+    state = torch.tensor([3, 4], device=DEVICE) if case.dropout_p else None
+    causal = {False: 0, "top_left": 1, "bottom_right": 2}[case.causal]
+    window = [-1 if side is None else side for side in case.window or (None, None)]
+    tensors = [x.q, x.k, x.v, *(x.kwargs.get(name) for name in names), state]
+    return [*tensors, causal, *window, case.scale, case.softcap or 0.0, case.dropout_p]
+
+
+@each_mixed
+def test_opcheck(case: Case) -> None:
+    args = operator_arguments(case, torch.bfloat16)
+    for tensor in (args[0], args[3]):
+        if tensor is not None:
+            tensor.requires_grad_()
+    torch.library.opcheck(ops.attention_forward.default, (*args, True))
+    args = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    o, lse, stats = ops.attention_forward(*args, True)
+    needs = (args[3] is not None, args[6] is not None)
+    d_o, d_lse = torch.randn_like(o), torch.randn_like(lse)
+    torch.library.opcheck(ops.attention_backward.default, (d_o, d_lse, *args[:3], o, stats, *args[3:], *needs))
+
+
+def test_opcheck_of_the_mask() -> None:
+    torch.library.opcheck(ops.dropout_mask.default, (torch.tensor([3, 4], device=DEVICE), 2, 3, 5, 7, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    q, k, v = (randn(1, 2, 9, 16, dtype=torch.float32, grad=True) for _ in range(3))
+    with torch.autocast("cuda", dtype):
+        o = fastattn.attention(q, k, v)
+        assert o.dtype == dtype
+    o.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+    assert torch.equal(o, fastattn.attention(q.to(dtype), k.to(dtype), v.to(dtype)))
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_bias_has_its_dtype(bias_dtype: torch.dtype) -> None:
+    q, k, v = (randn(2, 2, 9, 16) for _ in range(3))
+    bias = torch.randn(2, 1, 9, device=DEVICE).to(bias_dtype).requires_grad_()
+    fastattn.attention(q, k, v, bias=bias).float().sin().sum().backward()
+    assert bias.grad is not None
+    assert (bias.grad.dtype, bias.grad.shape, bias.grad.device) == (bias_dtype, bias.shape, DEVICE)
+    assert bias.grad.any()
+
+
+# --- Several GPUs ----------------------------------------------------------------------------------------------------
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2 or _cuda.obstacle(1) is not None, reason="one GPU is here")
+
+
+@two_gpus
+@each_mixed
+def test_another_device_than_the_current_one(case: Case) -> None:
+    other = torch.device("cuda:1")
+    inputs = make_inputs(case, torch.bfloat16)
+    with seeds_of_the_cpu():
+        wanted = on_cpu(compute(moved_inputs(inputs).require_grad()))
+        found = compute(moved_inputs(inputs, other).require_grad())
+    assert torch.cuda.current_device() == DEVICE.index
+    for name, x in found.items():
+        assert x.device == other, name
+    if (
+        torch.cuda.get_device_properties(0).multi_processor_count
+        == torch.cuda.get_device_properties(1).multi_processor_count
+    ):
+        assert not differences(on_cpu(found), wanted)
+    else:  # keys may be split in another way
+        for name, x in found.items():
+            torch.testing.assert_close(x.cpu(), wanted[name], rtol=2e-2, atol=2e-2)
+
+
+@two_gpus
+def test_the_current_stream_of_the_other_device() -> None:
+    other = torch.device("cuda:1")
+    q = randn(1, 2, 64, 64, device=other)
+    wanted = fastattn.attention(q, q, q)
+    late = torch.zeros_like(q)
+    stream = torch.cuda.Stream(other)
+    torch.cuda.synchronize(other)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(A_WHILE)
+        late.copy_(q)
+    # The current device is the first again, and the other one's current stream is not the one above.
+    with torch.cuda.device(other), torch.cuda.stream(stream), torch.cuda.device(DEVICE):
+        found = fastattn.attention(late, late, late)
+    torch.cuda.synchronize(other)
+    assert torch.equal(found, wanted)
+
+
+@two_gpus
+@pytest.mark.parametrize("name", ["k", "v", "bias", "mask", "alibi_slopes", "sinks", "kv_lengths"])
+def test_tensors_on_two_devices(name: str) -> None:
+    arguments = good_arguments()
+    arguments[name] = arguments[name].to("cuda:1")
+    with pytest.raises(
+        ValueError, match=f"^fastattn: {name} is on cuda:1 but q is on cuda:0; .*{name}.to\\(q.device\\)"
+    ):
+        fastattn.attention(**arguments)
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def good_arguments() -> dict[str, Tensor]:
+    return {
+        "q": randn(2, 4, 5, 16),
+        "k": randn(2, 2, 7, 16),
+        "v": randn(2, 2, 7, 8),
+        "bias": randn(5, 7),
+        "mask": torch.ones(5, 7, dtype=torch.bool, device=DEVICE),
+        "alibi_slopes": torch.zeros(4, device=DEVICE),
+        "sinks": torch.zeros(4, device=DEVICE),
+        "kv_lengths": torch.tensor([7, 3], dtype=torch.int32, device=DEVICE),
+    }
+
+
+def test_good_arguments_pass() -> None:
+    assert fastattn.attention(**good_arguments()).shape == (2, 4, 5, 8)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "bias", "mask", "alibi_slopes", "sinks", "kv_lengths"])
+def test_a_tensor_that_was_left_on_the_cpu(name: str) -> None:
+    arguments = good_arguments()
+    arguments[name] = arguments[name].cpu()
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(ValueError, match=f"^fastattn: {name} is on cpu but q is on cuda:0; .*{name}.to\\(q.device\\)"):
+        fastattn.attention(**arguments)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_q_that_was_left_on_the_cpu() -> None:
+    arguments = good_arguments()
+    arguments["q"] = arguments["q"].cpu()
+    with pytest.raises(ValueError, match=r"^fastattn: k is on cuda:0 but q is on cpu"):
+        fastattn.attention(**arguments)
+
+
+def test_a_seed_that_was_left_on_the_cpu() -> None:
+    q = randn(1, 1, 4, 16)
+    args = (q, q, q, *[None] * 5, torch.tensor([1, 2]), 0, -1, -1, None, 0.0, 0.5, False)
+    with pytest.raises((ValueError, RuntimeError), match="rng_state is on cpu but q is on cuda:0"):
+        ops.attention_forward(*args)
+
+
+def test_float64() -> None:
+    q = randn(1, 1, 4, 16, dtype=torch.float64)
+    with pytest.raises(
+        TypeError, match=r"^fastattn: q is torch.float64, which the CUDA kernels .*q.float\(\).*q.cpu\(\)"
+    ):
+        fastattn.attention(q, q, q)
+
+
+def test_wide_heads() -> None:
+    q, wide = randn(1, 1, 4, 16), randn(1, 1, 4, 257)
+    with pytest.raises(
+        ValueError, match=r"^fastattn: q and k have head dimension 257; the CUDA kernels take at most 256"
+    ):
+        fastattn.attention(wide, wide, q)
+    with pytest.raises(ValueError, match=r"^fastattn: v has head dimension 257"):
+        fastattn.attention(q, q, wide)
+
+
+# --- In PyTorch's place ----------------------------------------------------------------------------------------------
+
+
+def test_replaced_sdpa_serves_the_gpu() -> None:
+    q, k, v = (randn(2, 4, 33, 64) for _ in range(3))
+    fastattn.sdpa_calls(reset=True)
+    with fastattn.replaced_sdpa():
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert fastattn.sdpa_calls(reset=True) == fastattn.SdpaCalls(1, {})
+    torch.testing.assert_close(o, F.scaled_dot_product_attention(q, k, v, is_causal=True), rtol=2e-2, atol=2e-2)
+    assert torch.equal(o, fastattn.attention(q, k, v, causal="top_left"))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((1, 2, 9, 16), torch.float64, "dtype torch.float64 on CUDA"),
+        ((1, 2, 9, 320), torch.float32, "a head dimension above 256 on CUDA"),
+    ],
+)
+def test_replaced_sdpa_hands_back(shape: tuple[int, ...], dtype: torch.dtype, reason: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    x = randn(*shape, dtype=dtype)
+    fastattn.sdpa_calls(reset=True)
+
+    def step(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+    with fastattn.replaced_sdpa(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        o = torch.compile(step, backend="eager", fullgraph=True)(x) if compiled else step(x)
+    assert fastattn.sdpa_calls(reset=True) == fastattn.SdpaCalls(0, {reason: 1})
+    torch.testing.assert_close(o, F.scaled_dot_product_attention(x, x, x))
+
+
+def test_info_names_the_device() -> None:
+    info = fastattn.info()
+    assert f"cuda:0 {torch.cuda.get_device_name(0)} (sm_" in info.cuda
+    assert set(info.cuda_build) == {"toolkit", "archs"}
