@@ -1,8 +1,8 @@
 """Runs the kernels on tensors that touch memory which cannot be read: a read outside of a tensor ends the process.
 
-    python -m tests.guard_pages [isa ...]
+    python -m tests.guard_pages [isa ... | emulated]
 
-Each input is copied so that its last byte lies right before a protected page, then so that its first byte lies right
+"emulated" means the CUDA kernels on the host emulator. Each input is copied so that its last byte lies right before a protected page, then so that its first byte lies right
 after one. tests/test_poison.py starts this as a process of its own, and finds the case on its last line if it dies.
 """
 
@@ -91,5 +91,24 @@ def main(isas: list[str]) -> None:
     print(f"done: {count}")
 
 
+def main_emulated() -> None:
+    from .emulated import compute_emulated, is_served
+
+    faulthandler.enable()
+    count = 0
+    for case in filter(is_served, chosen()):
+        for dtype in (torch.float32, torch.bfloat16):
+            original = make_inputs(case, dtype)
+            for at_end in (True, False):
+                print(f"{case.id} {dtype} {'end' if at_end else 'start'}", flush=True)
+                with Guarded(at_end) as guarded:
+                    compute_emulated(guarded.inputs(original))
+                count += 1
+    print(f"done: {count}")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:] or torch.ops.fastattn._supported_isas().split(","))
+    if sys.argv[1:] == ["emulated"]:
+        main_emulated()
+    else:
+        main(sys.argv[1:] or torch.ops.fastattn._supported_isas().split(","))

@@ -8,39 +8,22 @@ shapes.
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
-import os
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from .core_module import load_core
+
 Array = np.ndarray[Any, Any]
 UNLIMITED = -1
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 CAUSAL = ("none", "top_left", "bottom_right")
-
-
-def load_core() -> ModuleType:
-    """The module from $FASTATTN_CORE_DIR, where that is set, or from build/cmake."""
-    named = os.environ.get("FASTATTN_CORE_DIR")
-    folder = Path(named) if named else Path(__file__).resolve().parent.parent / "build" / "cmake"
-    if not list(folder.glob("_fastattn_core*.so")):
-        if named:
-            raise FileNotFoundError(f"FASTATTN_CORE_DIR is {named}, which has no _fastattn_core*.so")
-        pytest.skip("_fastattn_core is not built; `make core` builds it", allow_module_level=True)
-    sys.path.insert(0, str(folder))
-    try:
-        return importlib.import_module("_fastattn_core")
-    finally:
-        sys.path.remove(str(folder))
 
 
 core = load_core()

@@ -36,7 +36,6 @@ struct BackwardBiasKernel {
   using TileKV = Tile<kType, kBlockN, kDim>;
   static constexpr int kSharedBytes = 2 * TileQ::kBytes + 2 * TileKV::kBytes;
   static constexpr int kMinBlocks = 2 * kSharedBytes <= 200 * 1024 ? 2 : 1;
-  static_assert(kBlockM * kBlockN * 4 <= kSharedBytes, "the sums take the tiles' place at the end");
 
   static constexpr int kM = kBlockM / kWarps / 16;
   static constexpr int kN = kBlockN / 8;
@@ -146,8 +145,11 @@ struct BackwardBiasKernel {
     }
   }
 
+  // An odd number of words to a row, so that neither rows nor columns share a bank.
+  static constexpr int kSumStride = kBlockN + 1;
+  static_assert(kBlockM * kSumStride * 4 <= kSharedBytes, "the sums take the tiles' place at the end");
   FASTATTN_DEVICE SharedAddress sum_address(int row, int column) {
-    return shared_base() + static_cast<SharedAddress>((row * kBlockN + column) * 4);
+    return shared_base() + static_cast<SharedAddress>((row * kSumStride + column) * 4);
   }
 
   // Sums over the queries or keys along which the bias is broadcast, and writes what remains.
@@ -183,7 +185,8 @@ struct BackwardBiasKernel {
         for (int row = 0; row < kBlockM; ++row) total += load_shared_f32(sum_address(row, column));
         store_shared_f32(sum_address(0, column), total);
       }
-      sync_block();  // row 0 has the sums over queries
+      // No barrier: the thread that wrote a column is the one that reads it below.
+      static_assert(kBlockN <= kThreads);
     }
     const int64_t i0 = tile[2] * kBlockM, j0 = tile[3] * kBlockN;
     const int rows = sums_queries ? 1 : a.Lq - i0 < kBlockM ? static_cast<int>(a.Lq - i0) : kBlockM;

@@ -316,9 +316,9 @@ struct ForwardKernel {
         write_statistics(a, row, (static_cast<int64_t>(b) * a.Hq + rows.head(r)) * a.Lq + rows.query(r));
       }
     }
-    // By way of the warp's own rows of q's tile, which only this warp has read: whole 16-byte pieces of rows leave it.
+    // By way of the warp's own rows of q's tile: whole 16-byte pieces of rows leave it. Only this warp has read them, by
+    // ldmatrix, which is done for all lanes at once: nothing to wait for.
     const SharedAddress staging = q_tile;
-    sync_warp();
     store_accumulators<TileQ>(o, staging, warp * 16 * kM, lane);
     sync_warp();
     char* const out = static_cast<char*>(a.o);

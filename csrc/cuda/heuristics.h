@@ -56,11 +56,13 @@ constexpr int kPackedRows = 64;  // heads that share keys are packed when all th
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// CTAs that a multiprocessor holds at once: by shared memory (each CTA costs 1 KB more) and by 64 K registers.
+// CTAs that a multiprocessor should hold at once: as many as fit by shared memory (each CTA costs 1 KB more) and by 64 K
+// registers, up to three. Three have up to 96 KB of keys and values under way, more than twice of what memory with a
+// latency of 1 us and 5 TB/s wants; more parts than that only mean more partial results.
 inline int64_t resident_blocks(int shared_bytes, int warps, const DeviceProperties& device) {
   const int64_t by_shared = (device.shared_bytes + 1024) / (shared_bytes + 1024);
   const int64_t by_registers = 65536 / (255 * 32 * warps);
-  return max_i64(1, min_i64(by_shared, by_registers));
+  return clamp_i64(min_i64(by_shared, by_registers), 1, 3);
 }
 
 // Keys that the row tile with the most of them sees, at most.
