@@ -11,7 +11,9 @@ SUITES = {
     "full": "every case of the table in every dtype and direction",
     "targets": "what the library is held to: target, measured, met or missed",
     "sweep": "hundreds of shapes, and where the advantage over SDPA is smallest",
+    "cuda-targets": "what the kernels for GPUs are held to, against each of PyTorch's own",
 }
+ON_CUDA = ("default", "full", "cuda-targets")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -21,11 +23,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Suites: " + "; ".join(f"{name}: {text}" for name, text in SUITES.items()) + ".",
     )
     parser.add_argument("--suite", choices=SUITES, default="default")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cpu, but for cuda-targets; with cuda: " + ", ".join(ON_CUDA)
+    )
     parser.add_argument("--quick", action="store_true", help="fewer cases and less time for each: seconds, not minutes")
     parser.add_argument(
         "--case",
         metavar="REGEX",
-        help="only cases whose name matches, e.g. 'topleft.*D128'; with --suite targets: groups, comma separated",
+        help="only cases whose name matches, e.g. 'topleft.*D128'; of a suite of targets: groups, comma separated",
     )
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=[])
     parser.add_argument("--direction", nargs="+", choices=["forward", "backward", "step"], default=[])
@@ -35,11 +40,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--peers",
         nargs="*",
         metavar="NAME",
-        help="also time these (sdpa, math, flex, onnxruntime, openvino, zentorch), or all where none is named, "
+        help="also time these (sdpa, math, flex, onnxruntime, openvino, zentorch; on a GPU sdpa, flash, cudnn, "
+        "efficient, math, flex), or all where none is named, "
         "and say which are not installed; without --peers: whatever is installed, FlexAttention in two cases only, "
         "because it compiles for seconds in each",
     )
     parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing for each case")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="cuda-targets: what is not reached is left out")
     parser.add_argument("--sweep-time", type=float, metavar="S", help="seconds for the sweep")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: a new file in bench/results/local")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG; default: beside the JSON")
@@ -48,6 +55,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, not {options.threads}")
+    if options.device is None:
+        options.device = "cuda" if options.suite == "cuda-targets" else "cpu"
+    if (options.suite == "cuda-targets") > (options.device == "cuda"):
+        parser.error("--suite cuda-targets needs --device cuda")
+    if options.device == "cuda" and options.suite not in ON_CUDA:
+        parser.error(f"--suite {options.suite} is for the CPU; with --device cuda there are {', '.join(ON_CUDA)}")
     return options
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fastattn
+from bench.cuda import Gpu, describe_gpu
 from bench.peak import active_isa
 from bench.peers import Peer
 
@@ -29,10 +30,13 @@ class Machine:
     date: str
     commit: str  # "" outside a git checkout; ends in "+" where files differ from it
     versions: dict[str, str] = field(default_factory=dict)
+    gpu: Gpu | None = None  # where that is what was measured
 
     def lines(self) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         commit = f" ({self.commit})" if self.commit else ""
+        if self.gpu is not None:
+            return [str(self.gpu), f"{self.cpu}; {versions}{commit}; {self.date}"]
         return [
             f"{self.cpu}, {self.logical_cpus} CPUs; instruction set {self.isa}, {self.threads} "
             f"thread{'s' if self.threads != 1 else ''}; {self.system}",
@@ -71,8 +75,11 @@ def git_commit() -> str:
         return ""
 
 
-def describe(peers: list[Peer]) -> Machine:
+def describe(peers: list[Peer], device: str = "cpu") -> Machine:
+    gpu = describe_gpu() if device == "cuda" else None
     versions = {"fastattn": fastattn.__version__, "torch": torch.__version__}
+    if gpu is not None:
+        versions |= {"CUDA": gpu.cuda, "cuDNN": gpu.cudnn}
     versions |= {peer.needs[0]: peer.version() for peer in peers if peer.needs}
     versions["Python"] = platform.python_version()
     return Machine(
@@ -84,4 +91,5 @@ def describe(peers: list[Peer]) -> Machine:
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         commit=git_commit(),
         versions=versions,
+        gpu=gpu,
     )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import DTYPES, Job, count_bytes, count_flop, visible_pairs
-from bench.peak import PeakMeter, active_isa
 from bench.peers import BASELINE, OURS, Peer, Prepared, Unsupported, sdpa_arguments
-from bench.timing import Timing, interleave
+from bench.timing import Clock, Runner, Timing, interleave
 from tests.cases import Inputs
 
 # Largest error that counts as right, in units in the last place (of the job's dtype) of the largest expected value.
@@ -21,14 +21,38 @@ from tests.cases import Inputs
 ULPS = {"float32": 256.0, "bfloat16": 4.0, "float16": 4.0}
 
 
+FLUSHED_SHARE = 1 / 3  # of the time for a case, on top of it, for timings with a cold cache
+
+
 class WrongResult(Exception):
     """A number that must not be timed."""
+
+
+class Meter(Protocol):
+    """What a device is measured with: bench/peak.py for CPUs, bench/cuda.py for GPUs."""
+
+    threads: int
+    clock: Clock
+    flushed_clock: Clock | None  # with nothing of the operands in its cache; None: no such timings
+
+    @property
+    def level(self) -> str:
+        """Instruction set or architecture in use."""
+
+    def measure(self, dtype: str, threads: int | None = None) -> float:
+        """GFLOP/s that percentages are of, measured now."""
+
+    def peak_memory(self, runner: Runner) -> int | None:
+        """Bytes that a call takes beyond what it is given, results included; None: cannot be told."""
+
+    def summary(self) -> dict[str, float]:
+        """GFLOP/s, the most measured of each kind."""
 
 
 @dataclass
 class Row:
     job: Job
-    isa: str
+    isa: str  # Meter.level
     threads: int
     pairs: int
     flop: int
@@ -37,6 +61,8 @@ class Row:
     timings: dict[str, Timing] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)  # in units of the bound: 1 is the largest that is right
     notes: dict[str, str] = field(default_factory=dict)  # why a peer has no timing
+    flushed: dict[str, Timing] = field(default_factory=dict)  # on GPUs: timings with nothing in L2
+    memory_bytes: dict[str, int] = field(default_factory=dict)  # Meter.peak_memory
 
     def gflops(self, name: str = OURS) -> float:
         return self.flop / (1e6 * self.timings[name].median_ms)
@@ -44,8 +70,9 @@ class Row:
     def percent_of_peak(self, name: str = OURS) -> float:
         return 100 * self.gflops(name) / self.peak_gflops
 
-    def gbytes_per_s(self, name: str = OURS) -> float:
-        return self.bytes / (1e6 * self.timings[name].median_ms)
+    def gbytes_per_s(self, name: str = OURS, *, flushed: bool = False) -> float:
+        timings = self.flushed if flushed else self.timings
+        return self.bytes / (1e6 * timings[name].median_ms)
 
     def speedup(self, over: str = BASELINE) -> float | None:
         """How many times faster ours is; None where the other has no timing."""
@@ -55,16 +82,17 @@ class Row:
 
 
 def expected_results(job: Job, inputs: Inputs) -> tuple[Tensor, ...]:
-    """(o,) or (dq, dk, dv) by PyTorch's SDPA in float32, whatever the job's dtype."""
+    """(o,) or (dq, dk, dv[, dbias]) by PyTorch's SDPA in float32, whatever the job's dtype."""
     q, k, v = (x.detach().float().requires_grad_(job.direction != "forward") for x in (inputs.q, inputs.k, inputs.v))
     arguments = sdpa_arguments(job.case, inputs)
     mask = arguments.get("attn_mask")
     if mask is not None and mask.dtype != torch.bool:
-        arguments["attn_mask"] = mask.float()
+        arguments["attn_mask"] = mask.detach().float().requires_grad_(job.bias_gradient)
     o = F.scaled_dot_product_attention(q, k, v, **arguments)
     if job.direction == "forward":
         return (o.detach(),)
-    return torch.autograd.grad(o, (q, k, v), inputs.d_o.float())
+    bias = [arguments["attn_mask"]] if job.bias_gradient else []
+    return torch.autograd.grad(o, (q, k, v, *bias), inputs.d_o.float())
 
 
 def error_in_bounds(job: Job, results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
@@ -88,7 +116,7 @@ def error_in_bounds(job: Job, results: tuple[Tensor, ...], expected: tuple[Tenso
 def measure(
     job: Job,
     peers: list[Peer],
-    meter: PeakMeter,
+    meter: Meter,
     budget_s: float,
     *,
     on_step: Callable[[str], None] | None = None,
@@ -97,7 +125,7 @@ def measure(
     say = on_step or (lambda _: None)
     inputs = job.make_inputs()
     pairs = visible_pairs(job.case, inputs)
-    row = Row(job, active_isa(), meter.threads, pairs, count_flop(job, pairs), count_bytes(job, inputs), 0.0)
+    row = Row(job, meter.level, meter.threads, pairs, count_flop(job, pairs), count_bytes(job, inputs), 0.0)
 
     say("checking")
     expected = expected_results(job, inputs)
@@ -126,6 +154,13 @@ def measure(
 
     say("peak")
     before = meter.measure(job.dtype)
-    row.timings = interleave([one.runner for one in prepared], budget_s, on_turn=say)
+    runners = [one.runner for one in prepared]
+    row.timings = interleave(runners, budget_s, clock=meter.clock, on_turn=say)
     row.peak_gflops = max(before, meter.measure(job.dtype))
+    if meter.flushed_clock is not None:
+        row.flushed = interleave(runners, FLUSHED_SHARE * budget_s, clock=meter.flushed_clock, on_turn=say)
+    for runner in runners:
+        used = meter.peak_memory(runner)
+        if used is not None:
+            row.memory_bytes[runner.name] = used
     return row

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 import fastattn  # noqa: F401  (loads the operators)
+from bench.timing import Clock, Runner, WallClock
 
 PAIRED_BF16_LEVELS = ("avx512_bf16",)  # levels with a bfloat16 dot product, twice the float32 rate
 
@@ -24,9 +25,23 @@ def yardstick(dtype: str) -> str:
 
 
 class PeakMeter:
+    """What a CPU is measured with; bench/cuda.py has the GPU's."""
+
+    clock: Clock = WallClock()
+    flushed_clock: Clock | None = None  # operands of a size that is worth timing do not stay in a CPU's caches anyway
+
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.measured: dict[str, list[float]] = {}  # GFLOP/s of each measurement, by ISA and operand type
+
+    @property
+    def level(self) -> str:
+        """The instruction set in use."""
+        return active_isa()
+
+    def peak_memory(self, runner: Runner) -> int | None:
+        """Bytes that a call takes beyond what it is given; on a CPU only a fresh process can tell: bench/memory.py."""
+        return None
 
     def measure(self, dtype: str, threads: int | None = None) -> float:
         """GFLOP/s of multiply-adds in registers at the active level, over all threads."""

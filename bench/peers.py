@@ -1,4 +1,5 @@
-"""The implementations that are timed: fastattn, PyTorch's SDPA, and other CPU attention kernels where installed.
+"""The implementations that are timed: fastattn, PyTorch's SDPA, and what else there is for the job's device: on a CPU
+other libraries' attention kernels where installed, on a GPU each of SDPA's backends and FlexAttention.
 
 Each is prepared outside the clock, in the form that suits it best: its own memory layout, compiled, masks in the form
 it takes. What it cannot do raises Unsupported with the reason.
@@ -9,7 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from tests.cases import Case, Inputs
 
 BASELINE = "sdpa"
 OURS = "fastattn"
-MATH_SCORES_LIMIT_BYTES = 1 << 30  # SDPA's math backend keeps several (B, Hq, Lq, Lk) matrices
+MATH_SCORES_LIMIT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}  # SDPA's math backend keeps several such matrices
 NOT_IN_SDPA = ("softcap", "alibi", "sinks", "kv_lengths")
 
 
@@ -49,6 +52,7 @@ class Peer:
     prepare: Callable[[Job, Inputs], Prepared]
     needs: tuple[str, ...] = ()  # modules
     compiles: bool = False  # for seconds per job
+    devices: tuple[str, ...] = ("cpu",)
 
     def missing(self) -> list[str]:
         return [module for module in self.needs if importlib.util.find_spec(module) is None]
@@ -67,15 +71,17 @@ def prepare_function(
     inputs: Inputs,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Prepared:
-    """A differentiable function of (q, k, v), run in the job's direction."""
+    """A differentiable function of (q, k, v) - and of the bias, where that is wanted - run in the job's direction."""
     wants_grad = job.direction != "forward"
     q, k, v = (x.detach().requires_grad_(wants_grad) for x in (inputs.q, inputs.k, inputs.v))
+    # `attend` knows the bias by itself.
+    variables = (q, k, v, inputs.kwargs["bias"].requires_grad_()) if job.bias_gradient else (q, k, v)
 
     def forward() -> Tensor:
         return attend(q, k, v)
 
     def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(), (q, k, v), inputs.d_o)
+        return torch.autograd.grad(forward(), variables, inputs.d_o)
 
     if job.direction == "forward":
 
@@ -89,7 +95,7 @@ def prepare_function(
     elif job.direction == "backward":
         with context():
             o = forward()
-        runner = Runner(name, lambda: torch.autograd.grad(o, (q, k, v), inputs.d_o, retain_graph=True), context)
+        runner = Runner(name, lambda: torch.autograd.grad(o, variables, inputs.d_o, retain_graph=True), context)
     else:
         runner = Runner(name, step, context)
 
@@ -109,7 +115,7 @@ def sdpa_arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
     mask, bias = inputs.kwargs.get("mask"), inputs.kwargs.get("bias")
     is_causal = case.causal == "top_left" or (bool(case.causal) and case.Lq == case.Lk)
     if case.window or (case.causal and not is_causal):
-        interval = interval_mask(case)
+        interval = interval_mask(case).to(inputs.q.device)
         mask, is_causal = interval if mask is None else mask & interval, False
     if bias is not None and mask is not None:
         mask = bias.masked_fill(~mask, float("-inf"))
@@ -137,9 +143,9 @@ def prepare_sdpa(job: Job, inputs: Inputs) -> Prepared:
 
 
 def prepare_math(job: Job, inputs: Inputs) -> Prepared:
-    case = job.case
-    if 4 * case.B * case.Hq * case.Lq * case.Lk > MATH_SCORES_LIMIT_BYTES:
-        raise Unsupported("its score matrix would exceed 1 GiB")
+    case, limit = job.case, MATH_SCORES_LIMIT_BYTES[job.device]
+    if 4 * case.B * case.Hq * case.Lq * case.Lk > limit:
+        raise Unsupported(f"its score matrix would exceed {limit >> 30} GiB")
     arguments = sdpa_arguments(case, inputs)
     sdpa = F.scaled_dot_product_attention
 
@@ -149,36 +155,94 @@ def prepare_math(job: Job, inputs: Inputs) -> Prepared:
     return prepare_function("math", lambda q, k, v: sdpa(q, k, v, **arguments), job, inputs, only_math)
 
 
+def _backend(name: str, backend: SDPBackend) -> Callable[[Job, Inputs], Prepared]:
+    """SDPA with one of its backends, and no other to fall back to."""
+
+    def prepare(job: Job, inputs: Inputs) -> Prepared:
+        arguments = sdpa_arguments(job.case, inputs)
+        sdpa = F.scaled_dot_product_attention
+
+        def only_this() -> AbstractContextManager[Any]:
+            return sdpa_kernel(backend)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return sdpa(q, k, v, **arguments)
+
+        prepared = None
+        with warnings.catch_warnings(record=True) as reasons:
+            warnings.simplefilter("always")
+            try:
+                prepared = prepare_function(name, attend, job, inputs, only_this)
+                prepared.results()
+            except RuntimeError as refusal:
+                if not any(words in str(refusal) for words in ("No available kernel", "No viable backend")):
+                    raise
+                raise Unsupported(why_refused(backend, [str(reason.message) for reason in reasons])) from None
+        return prepared
+
+    return prepare
+
+
+_REFUSALS = {
+    SDPBackend.FLASH_ATTENTION: "flash attention kernel not used because",
+    SDPBackend.CUDNN_ATTENTION: "cudnn attention kernel not used because",
+    SDPBackend.EFFICIENT_ATTENTION: "memory efficient kernel not used because",
+}
+
+
+def why_refused(backend: SDPBackend, warned: list[str]) -> str:
+    """From what SDPA warns of when it finds no backend: a heading for each of them, and its first reason."""
+    lines = [text.partition(" (Triggered internally")[0].strip() for text in warned]
+    for heading, reason in itertools.pairwise(lines):
+        if heading.lower().startswith(_REFUSALS[backend]) and " not used because" not in reason:
+            return f"not served: {reason}"
+    return "not served"
+
+
 def prepare_flex(job: Job, inputs: Inputs) -> Prepared:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    case = job.case
-    if job.direction != "forward":
+    case, device = job.case, job.device
+    if job.direction != "forward" and device == "cpu":
         raise Unsupported("FlexAttention on CPU has no backward")
-    if case.bias is not None:
-        raise Unsupported("a bias given as a tensor is not tried with FlexAttention")
+    if case.bias is not None and device == "cpu":
+        raise Unsupported("a bias given as a tensor is not tried with FlexAttention on CPU")
     arguments = sdpa_arguments(case, inputs)
-    keep = inputs.kwargs.get("mask")
-    keep = interval_mask(case) if keep is None else keep & interval_mask(case)
+    keep, bias = (
+        None if x is None else x.reshape((1,) * (4 - x.dim()) + x.shape)
+        for x in (inputs.kwargs.get("mask"), inputs.kwargs.get("bias"))
+    )
+    offset = 0 if case.causal == "top_left" else case.Lk - case.Lq
+    left, right = case.window or (None, None)
+    right = 0 if case.causal else right
+
+    def pick(x: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        where = (index if size > 1 else 0 for index, size in zip((b, h, i, j), x.shape, strict=True))
+        return x[tuple(where)]
+
+    def see(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Comparisons of indices where they will do, as its users would write it."""
+        seen = i >= i
+        if left is not None:
+            seen = seen & (j >= i + (offset - left))
+        if right is not None:
+            seen = seen & (j <= i + (offset + right))
+        return seen if keep is None else seen & pick(keep, b, h, i, j)
+
+    def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert bias is not None
+        return score + pick(bias, b, h, i, j)
+
     block_mask = None
-    if case.causal or case.window or case.mask is not None:
-        keep = keep.reshape((1,) * (4 - keep.dim()) + keep.shape)
-        per_batch, per_head = keep.shape[0] > 1, keep.shape[1] > 1
-        causal_only = case.mask is None and not case.window
-
-        def see(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            if causal_only:  # an index comparison where one will do, as its users would write it
-                return i >= j
-            return keep[b if per_batch else 0, h if per_head else 0, i if keep.shape[2] > 1 else 0, j]
-
-        B, H = case.B if per_batch else None, case.Hq if per_head else None
-        block_mask = create_block_mask(see, B, H, case.Lq, case.Lk, device="cpu")
+    if left is not None or right is not None or keep is not None:
+        B = case.B if keep is not None and keep.shape[0] > 1 else None
+        H = case.Hq if keep is not None and keep.shape[1] > 1 else None
+        block_mask = create_block_mask(see, B, H, case.Lq, case.Lk, device=device)
     torch.compiler.reset()  # else the limit on recompilations is reached after a few cases
     compiled = torch.compile(flex_attention, dynamic=False)
-    gqa = bool(arguments.get("enable_gqa"))
-    return prepare_function(
-        "flex", lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa), job, inputs
-    )
+    options = {"block_mask": block_mask, "enable_gqa": bool(arguments.get("enable_gqa")), "scale": case.scale}
+    score_mod = None if bias is None else add_bias
+    return prepare_function("flex", lambda q, k, v: compiled(q, k, v, score_mod, **options), job, inputs)
 
 
 # -------------------------------------------------------------------------------------------------- other libraries
@@ -324,13 +388,23 @@ def prepare_zentorch(job: Job, inputs: Inputs) -> Prepared:
     )
 
 
+BOTH = ("cpu", "cuda")
+
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer(OURS, "fastattn", prepare_fastattn),
-        Peer(BASELINE, "PyTorch SDPA", prepare_sdpa),
-        Peer("math", "SDPA, math backend", prepare_math),
-        Peer("flex", "FlexAttention, compiled", prepare_flex, compiles=True),
+        Peer(OURS, "fastattn", prepare_fastattn, devices=BOTH),
+        Peer(BASELINE, "PyTorch SDPA", prepare_sdpa, devices=BOTH),
+        Peer("flash", "SDPA, flash backend", _backend("flash", SDPBackend.FLASH_ATTENTION), devices=("cuda",)),
+        Peer("cudnn", "SDPA, cuDNN backend", _backend("cudnn", SDPBackend.CUDNN_ATTENTION), devices=("cuda",)),
+        Peer(
+            "efficient",
+            "SDPA, efficient backend",
+            _backend("efficient", SDPBackend.EFFICIENT_ATTENTION),
+            devices=("cuda",),
+        ),
+        Peer("math", "SDPA, math backend", prepare_math, devices=BOTH),
+        Peer("flex", "FlexAttention, compiled", prepare_flex, compiles=True, devices=BOTH),
         Peer("onnxruntime", "onnxruntime MultiHeadAttention", prepare_onnxruntime, ("onnxruntime", "onnx")),
         Peer("openvino", "OpenVINO SDPA", prepare_openvino, ("openvino",)),
         Peer("zentorch", "zentorch SDPA", prepare_zentorch, ("zentorch",)),
@@ -338,17 +412,18 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def choose(names: list[str] | None) -> tuple[list[Peer], list[str]]:
-    """The peers to time beside ours, and a note for each that was asked for and is not installed.
+def choose(names: list[str] | None, device: str = "cpu") -> tuple[list[Peer], list[str]]:
+    """The peers to time beside ours on a device, and a note for each that was asked for and is not installed.
 
     None: SDPA, its math backend and whatever is installed. An empty list: all, with notes. Else those named.
     """
-    wanted = names or list(PEERS)
-    unknown = sorted(set(wanted) - set(PEERS))
+    there = {name: peer for name, peer in PEERS.items() if device in peer.devices}
+    wanted = names or list(there)
+    unknown = sorted(set(wanted) - set(there))
     if unknown:
-        raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(PEERS)}")
+        raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(there)}")
     chosen, notes = [], []
-    for name, peer in PEERS.items():
+    for name, peer in there.items():
         if name not in wanted and name not in (OURS, BASELINE):
             continue
         missing = peer.missing()

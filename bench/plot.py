@@ -120,7 +120,9 @@ def plot_rows(path: Path, rows: Sequence[Row], machine: Machine) -> None:
                 right.plot(row.percent_of_peak(BASELINE), position, marker="D", markersize=5, color=INK, zorder=3)
         right.set_xlim(0, 104)
         right.axvline(100, color=INK, linewidth=1)
-        right.set_xlabel("% of the multiply-add peak measured beside each case")
+        on_gpu = bool(rows) and rows[0].job.device == "cuda"
+        yardstick = "bfloat16 matrix product" if on_gpu else "multiply-add peak"
+        right.set_xlabel(f"% of the {yardstick} measured beside each case")
         right.tick_params(axis="y", length=0)
         for axes in (left, right):
             axes.grid(axis="x", color=FAINT, linewidth=0.6, alpha=0.6)

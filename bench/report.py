@@ -12,6 +12,7 @@ from bench.cases import SHORT
 from bench.machine import Machine
 from bench.measure import Row
 from bench.peers import BASELINE, OURS, PEERS
+from bench.timing import Timing
 
 SCHEMA = 1  # raised when a reader of the JSON would have to change
 
@@ -70,6 +71,39 @@ def case_table(rows: Sequence[Row]) -> str:
     return text_table(header, lines)
 
 
+def cuda_case_table(rows: Sequence[Row]) -> str:
+    """The same for a GPU: times with a warm and with a flushed L2, and GB/s with the latter; % of a matrix product; the
+    memory that a call takes; and how many times faster than each peer.
+    """
+    others = [name for name in PEERS if name != OURS and any(name in row.timings for row in rows)]
+    columns = [
+        "case",
+        "ms (IQR)",
+        "flushed ms",
+        "TFLOP/s",
+        "% of GEMM",
+        "GB/s",
+        "MiB",
+        *(f"x {name}" for name in others),
+    ]
+    lines = []
+    for row in rows:
+        ours, flushed, memory = row.timings[OURS], row.flushed.get(OURS), row.memory_bytes.get(OURS)
+        lines.append(
+            [
+                row.job.id,
+                f"{format_ms(ours.median_ms)} ({format_ms(ours.iqr_ms)})",
+                "-" if flushed is None else format_ms(flushed.median_ms),
+                f"{row.gflops() / 1e3:.0f}",
+                f"{row.percent_of_peak():.0f}",
+                "-" if flushed is None else f"{row.gbytes_per_s(flushed=True):.0f}",
+                "-" if memory is None else f"{memory / 2**20:.0f}",
+                *(format_ratio(row.speedup(name)) for name in others),
+            ]
+        )
+    return text_table(columns, lines)
+
+
 def peer_table(rows: Sequence[Row]) -> str:
     """GFLOP/s and % of peak of every implementation, case by case; "" where only SDPA was timed beside ours."""
     names = [name for name in PEERS if any(name in row.timings for row in rows)]
@@ -126,25 +160,32 @@ def notes(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def timing_as_dict(timing: Timing) -> dict[str, Any]:
+    q25, q75 = timing.quartiles_ms
+    return {"median_ms": timing.median_ms, "q25_ms": q25, "q75_ms": q75, "samples": len(timing.samples_ms)}
+
+
 def row_as_dict(row: Row) -> dict[str, Any]:
     case = row.job.case
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, timing in row.timings.items():
-        q25, q75 = timing.quartiles_ms
         results[name] = {
-            "median_ms": timing.median_ms,
-            "q25_ms": q25,
-            "q75_ms": q75,
-            "samples": len(timing.samples_ms),
+            **timing_as_dict(timing),
             "gflops": row.gflops(name),
             "percent_of_peak": row.percent_of_peak(name),
             "gbytes_per_s": row.gbytes_per_s(name),
             "error_in_bounds": row.errors.get(name),
         }
+        if name in row.flushed:
+            gbytes = row.gbytes_per_s(name, flushed=True)
+            results[name]["flushed"] = {**timing_as_dict(row.flushed[name]), "gbytes_per_s": gbytes}
+        if name in row.memory_bytes:
+            results[name]["peak_memory_bytes"] = row.memory_bytes[name]
     return {
         "id": row.job.id,
         "dtype": row.job.dtype,
         "direction": row.job.direction,
+        "device": row.job.device,
         "shape": {
             name: getattr(case, name) for name in ("B", "Hq", "Hkv", "Lq", "Lk", "D", "value_dim", "causal", "window")
         },

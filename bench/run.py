@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from bench import cases, machine, measure, model, peak, peers, plot, report, sweep, targets
+from bench import cases, cuda, cuda_targets, machine, measure, model, peak, peers, plot, report, sweep, targets
 from bench.cases import Job
 
 RESULTS = Path(__file__).resolve().parent / "results" / "local"
@@ -23,12 +27,33 @@ def chosen_jobs(options: argparse.Namespace) -> list[Job]:
     if options.suite == "sweep":
         jobs = sweep.candidates(sdpa_cap_s=0.02 if options.quick else 0.15)
     elif options.suite == "full":
-        jobs = cases.full_jobs()
+        jobs = cases.full_jobs(options.device)
     elif options.quick and not options.case:
-        jobs = cases.quick_jobs()
+        jobs = cases.quick_jobs(options.device)
     else:
-        jobs = cases.default_jobs()
+        jobs = cases.default_jobs() if options.device == "cpu" else cases.cuda_default_jobs()
     return cases.select(jobs, pattern=options.case, dtypes=options.dtype, directions=options.direction)
+
+
+def chosen_groups(options: argparse.Namespace, groups: Collection[str]) -> list[str]:
+    if not options.case:
+        return list(groups)
+    chosen = [group for group in groups if group in options.case.split(",")]
+    if not chosen:
+        raise SystemExit(f"--suite {options.suite} takes as --case one or more of {','.join(groups)}")
+    return chosen
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A bar that counts steps, for as many as there will be."""
+    with tqdm(unit="step", leave=False, disable=None) as bar:
+
+        def say(step: str) -> None:
+            bar.set_postfix_str(step)
+            bar.update()
+
+        yield say
 
 
 class Run:
@@ -41,10 +66,13 @@ class Run:
             torch.ops.fastattn._set_isa(options.isa)
         self.options = options
         self.threads = torch.get_num_threads()
-        self.meter = peak.PeakMeter(self.threads)
-        self.peers, self.absent = peers.choose(options.peers)
-        self.machine = machine.describe(self.peers)
-        self.budget_s = options.budget or (0.2 if options.quick else 1.5)
+        self.on_gpu = options.device == "cuda"
+        self.peers, self.absent = peers.choose(options.peers, options.device)
+        self.meter: measure.Meter = cuda.CudaMeter() if self.on_gpu else peak.PeakMeter(self.threads)
+        self.copy_gbytes = self.meter.measure_copy() if isinstance(self.meter, cuda.CudaMeter) else 0.0
+        self.machine = machine.describe(self.peers, options.device)
+        usual_budget_s = cuda_targets.BUDGET_S if self.on_gpu else 1.5
+        self.budget_s = options.budget or (0.2 if options.quick else usual_budget_s)
         self.sections: dict[str, Any] = {}
         self.failures: list[str] = []
         self.plots: list[Path] = []
@@ -79,7 +107,8 @@ class Run:
                     self.failures.append(f"WRONG, not timed: {wrong}")
         if not rows:
             return
-        print(report.case_table(rows), report.peer_table(rows), report.speedup_table(rows), sep="\n\n")
+        table = report.cuda_case_table(rows) if self.on_gpu else report.case_table(rows)
+        print(table, report.peer_table(rows), report.speedup_table(rows), sep="\n\n")
         if self.options.peers is not None:
             print("\n" + "\n".join((*report.notes(rows), *self.absent)))
         self.sections["rows"] = [report.row_as_dict(row) for row in rows]
@@ -108,31 +137,39 @@ class Run:
             self.plots.append(path)
 
     def judge_targets(self) -> None:
-        groups = list(targets.GROUPS)
-        if self.options.case:
-            groups = [group for group in groups if group in self.options.case.split(",")]
-            if not groups:
-                raise SystemExit(f"--suite targets takes as --case one or more of {','.join(targets.GROUPS)}")
+        groups = chosen_groups(self.options, targets.GROUPS)
         sweep_s = self.options.sweep_time or (20 if self.options.quick else 180)
-        with tqdm(unit="step", leave=False, disable=None) as bar:
-
-            def say(step: str) -> None:
-                bar.set_postfix_str(step)
-                bar.update()
-
+        assert isinstance(self.meter, peak.PeakMeter)
+        with progress() as say:
             context = targets.Context(self.meter, self.budget_s, sweep_s, say)
             judged = targets.run_targets(context, groups)
-        print(targets.target_table(judged))
+        self.report_targets(judged, context.rows)
         if context.sweep:
             print()
             self.report_sweep(context.sweep, self.second_plot("sweep"))
+
+    def judge_cuda_targets(self) -> None:
+        groups = chosen_groups(self.options, cuda_targets.GROUPS)
+        assert isinstance(self.meter, cuda.CudaMeter)
+        deadline = time.monotonic() + (self.options.time_limit or math.inf)
+        with progress() as say:
+            context = cuda_targets.Context(self.meter, self.budget_s, deadline, self.copy_gbytes, say)
+            judged = cuda_targets.run_targets(context, groups)
+        if context.rows:
+            print(report.cuda_case_table(context.rows), end="\n\n")
+        self.report_targets(judged, context.rows)
+
+    def report_targets(self, judged: list[targets.Target], rows: list[measure.Row]) -> None:
+        print(targets.target_table(judged))
         self.failures += [
-            f"WRONG, not timed: {target.detail}" for target in judged if target.quantity == "right numbers"
+            f"WRONG, not timed: {target.detail}"
+            for target in judged
+            if target.quantity == "right numbers" and target.measured is not None
         ]
         self.sections["targets"] = [targets.target_as_dict(target) for target in judged]
-        if context.rows:
-            self.sections["rows"] = [report.row_as_dict(row) for row in context.rows]
-            self.plot_rows(context.rows)
+        if rows:
+            self.sections["rows"] = [report.row_as_dict(row) for row in rows]
+            self.plot_rows(rows)
 
     def train(self) -> None:
         path = self.second_plot("model")
@@ -143,8 +180,16 @@ class Run:
             self.failures.append(f"the model's training failed with exit status {failure.returncode}")
 
     def finish(self) -> int:
+        if self.on_gpu:  # while it is still warm from the work
+            self.sections["gpu_at_the_end"] = cuda.query(*cuda.STATE)
+            self.sections["copy_gbytes_per_s"] = self.copy_gbytes
         peaks = self.meter.summary()
-        if peaks:
+        if peaks and self.on_gpu:
+            gemm = max(peaks.values()) / 1e3
+            print(
+                f"\nMeasured in this run: {gemm:.0f} TFLOP/s in a bfloat16 GEMM, {self.copy_gbytes:.0f} GB/s in a copy"
+            )
+        elif peaks:
             listed = ", ".join(f"{key} {value:.0f} GFLOP/s" for key, value in peaks.items())
             print(f"\nLargest multiply-add peak measured in this run: {listed}")
         report.write_json(self.json, self.machine, peaks, self.sections)
@@ -158,15 +203,19 @@ class Run:
 
 def run(options: argparse.Namespace) -> int:
     """The exit status: 0; 1 where a number was wrong; 2 where there was nothing to do."""
-    if options.suite == "targets" and options.list:
-        print("\n".join(targets.GROUPS))
+    groups: dict[str, Collection[str]] = {"targets": targets.GROUPS, "cuda-targets": cuda_targets.GROUPS}
+    if options.suite in groups and options.list:
+        print("\n".join(groups[options.suite]))
         return 0
-    jobs = [] if options.suite == "targets" else chosen_jobs(options)
+    jobs = [] if options.suite in groups else chosen_jobs(options)
     if options.list:
         print("\n".join(job.id for job in jobs))
         return 0
-    if not jobs and options.suite != "targets":
+    if not jobs and options.suite not in groups:
         print("no case matches; --list prints their names", file=sys.stderr)
+        return 2
+    if options.device == "cuda" and (reason := cuda.obstacle()):
+        print(f"there is nothing to measure on a GPU: {reason}", file=sys.stderr)
         return 2
     try:
         run = Run(options)
@@ -176,12 +225,14 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(run.machine.lines()), end="\n\n", flush=True)
     if options.suite == "targets":
         run.judge_targets()
+    elif options.suite == "cuda-targets":
+        run.judge_cuda_targets()
     elif options.suite == "sweep":
         run.time_sweep(jobs, options.sweep_time or (20 if options.quick else 240), run.plot)
     else:
         run.time_cases(jobs)
         narrowed = options.case or options.dtype or options.direction
-        if options.suite == "default" and not narrowed:
+        if options.suite == "default" and not narrowed and not run.on_gpu:
             print(flush=True)
             shapes = sweep.candidates(sdpa_cap_s=0.02)
             run.time_sweep(shapes, options.sweep_time or (3 if options.quick else 20), run.second_plot("sweep"))

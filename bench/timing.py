@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -82,10 +82,31 @@ def _take_turn(runner: Runner, estimate_s: float, slot_s: float) -> list[float]:
         return [1e3 * _time_calls(runner.call, calls) for _ in range(count)]
 
 
+class Clock(Protocol):
+    """A way to time calls."""
+
+    def estimate(self, runner: Runner) -> float:
+        """Seconds a call takes, after a warm-up call."""
+
+    def take_turn(self, runner: Runner, estimate_s: float, slot_s: float) -> list[float]:
+        """Samples in ms, as many as fit into the slot and at least one."""
+
+
+class WallClock:
+    """For calls that are over when they return: those on a CPU."""
+
+    def estimate(self, runner: Runner) -> float:
+        return _estimate(runner)
+
+    def take_turn(self, runner: Runner, estimate_s: float, slot_s: float) -> list[float]:
+        return _take_turn(runner, estimate_s, slot_s)
+
+
 def interleave(
     runners: list[Runner],
     budget_s: float,
     *,
+    clock: Clock | None = None,
     rounds: int = 10,
     min_rounds: int = 3,
     on_turn: Callable[[str], None] | None = None,
@@ -94,8 +115,9 @@ def interleave(
 
     A runner whose single call takes longer than the whole budget, and long by any measure, has one turn only.
     """
+    clock = clock or WallClock()
     with without_garbage_collection():
-        estimates = {runner.name: _estimate(runner) for runner in runners}
+        estimates = {runner.name: clock.estimate(runner) for runner in runners}
         slot_s = budget_s / (rounds * len(runners))
         round_s = sum(max(slot_s, estimates[runner.name]) for runner in runners)
         turns = max(min_rounds, min(rounds, int(budget_s / round_s)))
@@ -106,5 +128,5 @@ def interleave(
                     continue
                 if on_turn:
                     on_turn(runner.name)
-                samples[runner.name] += _take_turn(runner, estimates[runner.name], slot_s)
+                samples[runner.name] += clock.take_turn(runner, estimates[runner.name], slot_s)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
