@@ -12,10 +12,12 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/ptx.cuh"
 #include "testing/check.h"
+#include "testing/emulator/shared_memory.h"
 #include "testing/half.h"
 
 namespace {
@@ -451,6 +453,116 @@ void check_races() {
   });
 }
 
+// The detector against one that keeps every access and compares with all of them.
+class EveryAccess {
+ public:
+  void sync_block() { ++block_; }
+  void sync_warp(uint32_t warp) { ++warp_steps_[warp]; }
+  // Of words [begin, end); a whole warp reads as no one thread.
+  bool conflicts(uint32_t thread, bool as_warp, bool is_write, uint32_t begin, uint32_t end) {
+    const uint32_t warp = thread / 32;
+    const Access now{thread, as_warp, is_write, begin, end, block_, warp_steps_[warp], false};
+    for (const Access& before : accesses_) {
+      const bool overlap = before.begin < end && begin < before.end;
+      const bool same_thread = before.thread == thread && !before.as_warp && !as_warp;
+      const bool ordered =
+          same_thread || before.block < block_ || (before.thread / 32 == warp && before.step < warp_steps_[warp]);
+      if (overlap && (before.in_flight || ((before.is_write || is_write) && !ordered))) return true;
+    }
+    accesses_.push_back(now);
+    return false;
+  }
+  void start_copy() { accesses_.back().in_flight = true; }
+  // As a write at the time of the wait.
+  void end_copy(uint32_t thread, uint32_t begin) {
+    for (Access& access : accesses_) {
+      if (!access.in_flight || access.begin != begin) continue;
+      access.in_flight = false;
+      access.block = block_;
+      access.step = warp_steps_[thread / 32];
+    }
+  }
+
+ private:
+  struct Access {
+    uint32_t thread;
+    bool as_warp, is_write;
+    uint32_t begin, end;
+    int block, step;
+    bool in_flight;
+  };
+  std::vector<Access> accesses_;
+  int block_ = 0;
+  int warp_steps_[3] = {};
+};
+
+void check_detector() {
+  using fastattn::emulator::SharedMemory;
+  std::mt19937 random(17);
+  const uint32_t threads[] = {0, 1, 5, 32, 33, 64};
+  SharedMemory shared;
+  shared.resize(48);
+  int found = 0;
+  for (int round = 0; round < 20000; ++round) {
+    shared.start_block();
+    EveryAccess every;
+    uint32_t clocks[3] = {};
+    std::vector<std::pair<uint32_t, uint32_t>> copies;  // thread and place
+    // Some rounds with few writes, for histories of many readers; some with few barriers.
+    const uint32_t reads = 1 + random() % 8, syncs = 1 + random() % 6;
+    for (int step = 0; step < 60; ++step) {
+      const uint32_t thread = threads[random() % 6], warp = thread / 32;
+      if (random() % (2 * syncs) == 0) {
+        if (random() % 3 == 0) {
+          every.sync_block();
+          shared.tick_barrier();
+        } else {
+          every.sync_warp(warp);
+          clocks[warp] = shared.tick();
+        }
+        continue;
+      }
+      if (!copies.empty() && random() % 4 == 0) {
+        shared.end_copy(copies.back().second);
+        every.end_copy(copies.back().first, copies.back().second / 4);
+        copies.pop_back();
+        continue;
+      }
+      const fastattn::emulator::Accessor who{thread, clocks[warp]};
+      const uint32_t chunk = static_cast<uint32_t>(random() % 3),
+                     word = 4 * chunk + static_cast<uint32_t>(random() % 4);
+      const bool is_read = random() % (reads + 1) != 0;
+      SharedMemory::Finding finding;
+      bool expected;
+      const uint32_t kind = static_cast<uint32_t>(random() % 3);
+      if (kind == 0) {
+        finding = is_read ? shared.read_word(4 * word, who) : shared.write_word(4 * word, who);
+        expected = every.conflicts(thread, false, !is_read, word, word + 1);
+      } else if (kind == 1 || !is_read) {
+        const bool is_copy = !is_read && kind == 2;
+        finding = is_read   ? shared.read_chunk(16 * chunk, who)
+                  : is_copy ? shared.begin_copy(16 * chunk, who)
+                            : shared.write_chunk(16 * chunk, who);
+        expected = every.conflicts(thread, false, !is_read, 4 * chunk, 4 * chunk + 4);
+        if (is_copy && !expected) {
+          every.start_copy();
+          copies.emplace_back(thread, 16 * chunk);
+        }
+      } else {
+        finding = shared.read_chunk_as_warp(16 * chunk, who);
+        expected = every.conflicts(thread, true, false, 4 * chunk, 4 * chunk + 4);
+      }
+      const bool conflict = finding.conflict != SharedMemory::Conflict::kNone;
+      CHECK(conflict == expected, "round %d, step %d: %d, not %d", round, step, conflict, expected);
+      if (conflict || expected) {
+        ++found;
+        break;
+      }
+    }
+  }
+  CHECK(found > 5000 && found < 19900, "%d of 20000 rounds with a race", found);
+}
+
 void check_copy_races() {
   alignas(16) static uint32_t source[4] = {1, 2, 3, 4};
   const auto chunk = [](int n) { return shared_base() + 16u * static_cast<uint32_t>(n); };
@@ -697,6 +809,19 @@ void check_order() {
   const std::vector<int> in_order = trace(options, 1);
   for (int n = 0; n < 32; ++n) CHECK(in_order[n] == n, "%d came as number %d", in_order[n], n);
 
+  // Blocks start in any order, but for every seed in one.
+  const auto block_order = [](const Options& chosen) {
+    std::vector<int64_t> order;
+    run(20, 32, chosen, [&] {
+      if (thread_index() == 0) order.push_back(block_index());
+    });
+    return order;
+  };
+  CHECK(block_order(with_seed(1)) == block_order(with_seed(1)), "the same seed gave another order of blocks");
+  CHECK(block_order(with_seed(1)) != block_order(with_seed(2)), "another seed gave the same order of blocks");
+  const std::vector<int64_t> blocks_in_order = block_order(options);
+  for (int n = 0; n < 20; ++n) CHECK(blocks_in_order[n] == n, "block %d is number %d", int(blocks_in_order[n]), n);
+
   // Every block runs once, and knows its place.
   for (const int64_t blocks : {0, 1, 2, 7, 12}) {
     for (const int os_threads : {1, 4}) {
@@ -854,6 +979,7 @@ int main() {
   check_copies();
   check_addresses();
   check_races();
+  check_detector();
   check_copy_races();
   check_deadlocks();
   check_bank_conflicts();

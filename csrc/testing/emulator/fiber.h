@@ -24,6 +24,8 @@ namespace fastattn::emulator {
 // One computation, while it does not run.
 struct Context {
 #if defined(__x86_64__) || defined(__aarch64__)
+  void* resume = nullptr;
+  void* frame_pointer = nullptr;
   void* stack_pointer = nullptr;
 #else
   ucontext_t registers;
@@ -50,40 +52,38 @@ inline void announce_switch(Context&, Context&) {}
 inline void arrive_from_switch(Context&) {}
 #endif
 
-// Leaves `from` and goes on with `to`; returns when something switches back to `from`. Written inline, and with jumps:
-// no call and return around it means that the processor predicts, lane after lane, the return that does follow.
+// Leaves `from` and goes on with `to`; returns when something switches back to `from`. The compiler saves what registers
+// it needs. Written inline, and with a jump: where all lanes of a warp switch at the same place, the processor predicts
+// where the jump goes, and the return after it, which a call and a return of another fiber's would spoil.
 [[gnu::always_inline]] inline void switch_context(Context& from, Context& to) {
   announce_switch(from, to);
 #if defined(__x86_64__)
-  void* save = &from.stack_pointer;
-  void* load = to.stack_pointer;
+  Context *save = &from, *load = &to;
   asm volatile(
-      "leaq -128(%%rsp), %%rsp\n\t"  // past the red zone
-      "pushq %%rbp\n\t"
       "leaq 1f(%%rip), %%rax\n\t"
-      "pushq %%rax\n\t"
-      "movq %%rsp, (%%rdi)\n\t"
-      "movq %%rsi, %%rsp\n\t"
-      "popq %%rax\n\t"
-      "jmp *%%rax\n"
+      "movq %%rax, (%%rdi)\n\t"
+      "movq %%rbp, 8(%%rdi)\n\t"
+      "movq %%rsp, 16(%%rdi)\n\t"
+      "movq 16(%%rsi), %%rsp\n\t"
+      "movq 8(%%rsi), %%rbp\n\t"
+      "jmp *(%%rsi)\n"
       "1:\n\t"
-      "popq %%rbp\n\t"
-      "leaq 128(%%rsp), %%rsp\n\t"
       : "+D"(save), "+S"(load)
       :
       : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1", "xmm2",
         "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15",
         "memory", "cc");
 #elif defined(__aarch64__)
-  register void* save asm("x0") = &from.stack_pointer;
-  register void* load asm("x1") = to.stack_pointer;
+  register Context* save asm("x0") = &from;
+  register Context* load asm("x1") = &to;
   asm volatile(
       "adr x9, 1f\n\t"
-      "stp x29, x9, [sp, #-16]!\n\t"
       "mov x10, sp\n\t"
-      "str x10, [x0]\n\t"
-      "mov sp, x1\n\t"
-      "ldp x29, x9, [sp], #16\n\t"
+      "stp x9, x29, [x0]\n\t"
+      "str x10, [x0, #16]\n\t"
+      "ldr x10, [x1, #16]\n\t"
+      "ldp x9, x29, [x1]\n\t"
+      "mov sp, x10\n\t"
       "br x9\n"
       "1:\n\t"
       : "+r"(save), "+r"(load)
@@ -101,21 +101,20 @@ inline void arrive_from_switch(Context&) {}
 // Makes `context` one that starts with main(), which never returns, on the given stack. main() begins with
 // arrive_from_switch().
 inline void prepare_context(Context& context, unsigned char* stack, size_t stack_bytes, void (*main)()) {
-  const uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + stack_bytes) & ~uintptr_t(15);
+  unsigned char* const top = stack + stack_bytes / 16 * 16;
 #if defined(__x86_64__)
-  auto** slots = reinterpret_cast<void**>(top - 32);
-  slots[0] = reinterpret_cast<void*>(main);
-  slots[1] = nullptr;  // where main()'s return address would be
-  context.stack_pointer = slots;
+  // As after a call: the stack pointer is eight below a multiple of 16, and a return address of null ends every trace.
+  void** const return_address = reinterpret_cast<void**>(top) - 1;
+  *return_address = nullptr;
+  context.stack_pointer = return_address;
+  context.resume = reinterpret_cast<void*>(main);
 #elif defined(__aarch64__)
-  auto** slots = reinterpret_cast<void**>(top - 32);
-  slots[0] = nullptr;
-  slots[1] = reinterpret_cast<void*>(main);
-  context.stack_pointer = slots;
+  context.stack_pointer = top;
+  context.resume = reinterpret_cast<void*>(main);
 #else
   getcontext(&context.registers);
   context.registers.uc_stack.ss_sp = stack;
-  context.registers.uc_stack.ss_size = top - reinterpret_cast<uintptr_t>(stack);
+  context.registers.uc_stack.ss_size = static_cast<size_t>(top - stack);
   context.registers.uc_link = nullptr;
   makecontext(&context.registers, main, 0);
 #endif

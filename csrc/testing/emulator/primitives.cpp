@@ -66,7 +66,7 @@ void sync_block(Site site) {
   SiteInfo& info = block.sites[block.sites.find(site, SiteKind::kBarrier)];
   if (info.is_skipped) return;
   ++info.calls;
-  block.land_some(self);
+  if (!self.copies->all.empty()) block.land_some(*self.copies);
   block.wait_at_barrier(self, site);
 }
 
@@ -177,15 +177,15 @@ void cp_async(uint32_t dst, const void* src, int bytes, Site site) {
   } else {
     std::memset(block.shared.data() + offset, 0xff, 16);  // NaNs: until then, what is there is nobody's to read
   }
-  self.copies.push_back(copy);
+  self.copies->all.push_back(copy);
 }
 
 void cp_async_commit(Site site) {
   Thread& self = *current;
   Block& block = *self.warp->block;
   ++block.sites[block.sites.find(site, SiteKind::kCpAsyncCommit)].calls;
-  block.land_some(self);
-  self.group_ends.push_back(static_cast<uint32_t>(self.copies.size()));
+  if (!self.copies->all.empty()) block.land_some(*self.copies);
+  self.copies->group_ends.push_back(static_cast<uint32_t>(self.copies->all.size()));
 }
 
 void cp_async_wait(int pending, Site site) {
@@ -194,8 +194,8 @@ void cp_async_wait(int pending, Site site) {
   SiteInfo& info = block.sites[block.sites.find(site, SiteKind::kCpAsyncWait)];
   if (info.is_skipped) return;
   ++info.calls;
-  block.land_some(self);
-  block.wait_for_copies(self, static_cast<size_t>(pending));
+  if (!self.copies->all.empty()) block.land_some(*self.copies);
+  block.wait_for_copies(*self.copies, static_cast<size_t>(pending));
 }
 
 void load_shared_4(uint32_t at, void* x, Site site) { std::memcpy(x, access<4, false>(at, site), 4); }

@@ -109,16 +109,18 @@ Context& Block::leave(Thread& self) {
 Block::Block(int thread_count)
     : warps(static_cast<size_t>(thread_count / 32)),
       threads(static_cast<size_t>(thread_count)),
+      copies(threads.size()),
       stacks_(std::make_unique<Stacks>(threads.size())) {
   for (size_t n = 0; n < threads.size(); ++n) {
     Thread& thread = threads[n];
     thread.warp = &warps[n / 32];
     thread.index = static_cast<int>(n);
-    thread.lane = static_cast<uint32_t>(n % 32);
-    const uint32_t group = thread.lane / 4, in_group = thread.lane % 4;
-    thread.mma_a = 8 * group + in_group;
-    thread.mma_b = 8 * in_group + group;
-    thread.mma_c = 8 * group + 2 * in_group;
+    thread.copies = &copies[n];
+    thread.lane = static_cast<uint8_t>(n % 32);
+    const int group = thread.lane / 4, in_group = thread.lane % 4;
+    thread.mma_a = static_cast<uint8_t>(8 * group + in_group);
+    thread.mma_b = static_cast<uint8_t>(8 * in_group + group);
+    thread.mma_c = static_cast<uint8_t>(8 * group + 2 * in_group);
     // Were all tops at the same place within a page, they would compete for the same few lines of the cache.
     const size_t shift = n % 32 * 128;
     prepare_context(thread.context, stacks_->bottom(n), kStackBytes - shift, start_fiber);
@@ -151,14 +153,14 @@ void Block::run(int64_t index) {
   shared.start_block();
   for (Thread& thread : threads) {
     thread.is_running_body = false;
-    thread.copies.clear();
-    thread.group_ends.clear();
+    thread.copies->all.clear();
+    thread.copies->group_ends.clear();
   }
   for (Warp& warp : warps) {
     warp.runnable = kAllLanes;
     warp.arrived = warp.at_barrier = warp.exited = 0;
     warp.stride = 1;
-    warp.step_clock = shared.clock();
+    warp.step_clock = 0;
     warp.log.clear();
   }
   runnable_warps_ = all_warps();
@@ -222,11 +224,10 @@ void Block::wait_at_barrier(Thread& self, Site site) {
   Thread* next;
   if (at_barrier_ == static_cast<int>(threads.size())) {
     at_barrier_ = 0;
-    const uint32_t clock = shared.tick_barrier();
+    shared.tick_barrier();
     for (Warp& each : warps) {
       each.runnable = kAllLanes;
       each.at_barrier = 0;
-      each.step_clock = clock;
       if (!each.log.is_empty()) each.log.flush(sites);
     }
     runnable_warps_ = all_warps();
@@ -252,28 +253,28 @@ void Block::land(Copy& copy) {
 }
 
 // Where copies may land before their wait, some do.
-void Block::land_some(Thread& self) {
-  if (self.copies.empty() || options.cp_async_timing != CopyTiming::kRandom) return;
+void Block::land_some(Copies& mine) {
+  if (options.cp_async_timing != CopyTiming::kRandom) return;
   const uint64_t drawn = random.next();
   if (drawn >> 63) return;
-  for (size_t n = 0; n < self.copies.size(); ++n) {
-    Copy& copy = self.copies[n];
-    if (!copy.has_landed && (drawn >> n % 63 & 1)) land(copy);
+  int n = 0;
+  for (Copy& copy : mine.all) {
+    if (!copy.has_landed && (drawn >> n++ % 63 & 1)) land(copy);
   }
 }
 
-void Block::wait_for_copies(Thread& self, size_t pending) {
-  if (self.group_ends.size() <= pending) return;
-  const size_t groups = self.group_ends.size() - pending;
-  const uint32_t done = self.group_ends[groups - 1];
+void Block::wait_for_copies(Copies& mine, size_t pending) {
+  if (mine.group_ends.size() <= pending) return;
+  const size_t groups = mine.group_ends.size() - pending;
+  const uint32_t done = mine.group_ends[groups - 1];
   for (uint32_t n = 0; n < done; ++n) {
-    Copy& copy = self.copies[n];
+    Copy& copy = mine.all[n];
     if (!copy.has_landed) land(copy);
     if (options.detect_races) shared.end_copy(copy.dst);
   }
-  self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<ptrdiff_t>(done));
-  self.group_ends.erase(self.group_ends.begin(), self.group_ends.begin() + static_cast<ptrdiff_t>(groups));
-  for (uint32_t& end : self.group_ends) end -= done;
+  mine.all.erase(mine.all.begin(), mine.all.begin() + static_cast<ptrdiff_t>(done));
+  mine.group_ends.erase(mine.group_ends.begin(), mine.group_ends.begin() + static_cast<ptrdiff_t>(groups));
+  for (uint32_t& end : mine.group_ends) end -= done;
 }
 
 // ---- Reports -------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Random {
 struct Block;
 struct Warp;
 
-// A cp.async that its thread has not waited for.
+// A cp.async.
 struct Copy {
   const void* src;
   uint32_t dst;
@@ -48,14 +48,20 @@ struct Copy {
   bool has_landed;
 };
 
+// What switching needs comes first and fits into one line of the cache: 32 of them are in use at once.
 struct alignas(64) Thread {
   Context context;
   Warp* warp = nullptr;
-  uint32_t lane = 0;
+  uint8_t lane = 0;
+  uint8_t mma_a = 0, mma_b = 0, mma_c = 0;  // the place of its first word in each matrix of MmaOperands
   int index = 0;
-  uint32_t mma_a = 0, mma_b = 0, mma_c = 0;  // the place of its first word in each matrix of MmaOperands
   bool is_running_body = false;
-  std::vector<Copy> copies;          // in the order of issue
+  struct Copies* copies = nullptr;
+};
+
+// The asynchronous copies that a thread has not waited for.
+struct Copies {
+  std::vector<Copy> all;             // in the order of issue
   std::vector<uint32_t> group_ends;  // of the committed groups, in numbers of copies
 };
 
@@ -76,7 +82,7 @@ struct Warp {
   SiteKind kind = SiteKind::kBarrier;  // of the collective that lanes have arrived at
   Site site{"", 0};
   Site barrier_site{"", 0};
-  uint32_t step_clock = 0;  // the clock at the warp's last sync_warp or sync_block
+  uint32_t step_clock = 0;  // the clock at the warp's last sync_warp
   AccessLog log;
 };
 
@@ -96,8 +102,8 @@ struct Block {
   void meet(Thread& self, SiteKind kind, Site site, Complete complete);
   void wait_at_barrier(Thread& self, Site site);
   void land(Copy& copy);
-  void land_some(Thread& self);
-  void wait_for_copies(Thread& self, size_t pending);
+  void land_some(Copies& mine);
+  void wait_for_copies(Copies& mine, size_t pending);
 
   template <class... Parts>
   [[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... what) const;
@@ -109,6 +115,7 @@ struct Block {
 
   std::vector<Warp> warps;
   std::vector<Thread> threads;
+  std::vector<Copies> copies;  // of each thread
   SharedMemory shared;
   SiteTable sites;
   MmaFunction mma[3];

@@ -3,7 +3,7 @@
 // Time is a clock that advances at every sync_block and sync_warp. An earlier access of another thread is ordered before
 // one now if it is older than the last sync_block, or, within a warp, than that warp's last sync_warp. Other collectives
 // order no memory: CUDA promises that of these two alone. For every 16 bytes (or for each of their four words, once
-// something touches one of them) a shadow keeps the last write and enough of the reads since to find any that a write
+// something touches one of them) a shadow keeps the last write and enough of the reads since to find one that a write
 // may race with: one reader, and a second one if it is of another warp, or of the same warp since its last sync_warp.
 #pragma once
 
@@ -24,7 +24,7 @@ constexpr uint32_t actor_thread(Actor actor) { return actor & ((1u << kThreadBit
 constexpr uint32_t actor_warp(Actor actor) { return actor_thread(actor) / 32; }
 constexpr uint32_t actor_site(Actor actor) { return actor >> kThreadBits; }
 
-// An access now: who, and the clock when the thread's warp was last in step.
+// An access now: who, and the clock at the last sync_warp of the thread's warp.
 struct Accessor {
   Actor actor;
   uint32_t warp_clock;
@@ -62,7 +62,6 @@ class SharedMemory {
 
   size_t bytes() const { return bytes_; }
   unsigned char* data() { return reinterpret_cast<unsigned char*>(storage_.data()); }
-  uint32_t clock() const { return times_.now; }
   uint32_t tick() { return ++times_.now; }
   uint32_t tick_barrier() { return times_.barrier = tick(); }
 
@@ -70,7 +69,15 @@ class SharedMemory {
   Finding read_word(uint32_t at, Accessor who) { return on_word(at, read, who); }
   Finding write_word(uint32_t at, Accessor who) { return on_word(at, write, who); }
   Finding read_chunk(uint32_t at, Accessor who) { return on_chunk(at, read, who); }
-  Finding write_chunk(uint32_t at, Accessor who) { return on_chunk(at, write, who); }
+  Finding write_chunk(uint32_t at, Accessor who) {
+    const Finding finding = on_chunk(at, write, who);
+    ChunkShadow& chunk = shadows_[at / 16];
+    if (finding.conflict == Conflict::kNone && chunk.split_in == times_.block) [[unlikely]] {
+      chunk.split_in = 0;  // the four words have one history again
+      set_written(chunk.whole, times_, who.actor);
+    }
+    return finding;
+  }
   // By all lanes of the accessor's warp.
   Finding read_chunk_as_warp(uint32_t at, Accessor who) { return on_chunk(at, read_as_warp, who); }
 
@@ -85,13 +92,8 @@ class SharedMemory {
   }
   void end_copy(uint32_t at) {
     ChunkShadow& chunk = shadows_[at / 16];
-    const Actor actor = chunk.in_flight;
+    set_written(chunk.whole, times_, chunk.in_flight);
     chunk.in_flight = kNobody;
-    if (chunk.split_in == times_.block) {
-      for (uint32_t n = 0; n < 4; ++n) set_written(words_[at / 16 * 4 + n], times_, actor);
-    } else {
-      set_written(chunk.whole, times_, actor);
-    }
   }
 
  private:
@@ -155,9 +157,11 @@ class SharedMemory {
     return actor_warp(actor) == actor_warp(who.actor) && time < who.warp_clock;
   }
 
+  // The reads before this write are ordered before it, and what is ordered after it comes after them too.
   static void set_written(Shadow& shadow, const Times& times, Actor actor) {
     shadow.written_at = times.now;
     shadow.writer = actor;
+    shadow.read_at = 0;
   }
 
   static Finding read(Shadow& shadow, const Times& times, Accessor who) {
