@@ -99,7 +99,7 @@ $(INSTALLED): pyproject.toml scripts/requirements.py | $(PY)
 	echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastattn.pth"
 	touch $@
 
-$(EXTENSION): setup.py $(NATIVE_SOURCES) $(INSTALLED)
+$(EXTENSION): setup.py scripts/cuda_build.py $(NATIVE_SOURCES) $(INSTALLED)
 	$(PY) setup.py build_ext --inplace
 	@mkdir -p $(@D)
 	touch $@

@@ -44,8 +44,8 @@ class Job:
         if self.device == "cpu":
             return make_case_inputs(self.case, dtype)
         if self.case == replace(self.case, **NO_TENSORS):
-            return _draw_on(self.device, self.case, dtype)
-        return _move_to(self.device, make_case_inputs(self.case, dtype))
+            return draw_on(self.device, self.case, dtype)
+        return move_to(self.device, make_case_inputs(self.case, dtype))
 
 
 # A case that is the same with these has no tensors but q, k and v, which lie in memory as they are made.
@@ -59,7 +59,7 @@ NO_TENSORS: dict[str, Any] = {
 }
 
 
-def _draw_on(device: str, case: Case, dtype: torch.dtype) -> Inputs:
+def draw_on(device: str, case: Case, dtype: torch.dtype) -> Inputs:
     """Other numbers than the CPU's, in a hundredth of the time that it takes the CPU to draw its own."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(case.id.encode()))
 
@@ -73,7 +73,7 @@ def _draw_on(device: str, case: Case, dtype: torch.dtype) -> Inputs:
     return Inputs(q, k, v, d_o, d_lse, kwargs)
 
 
-def _move_to(device: str, inputs: Inputs) -> Inputs:
+def move_to(device: str, inputs: Inputs) -> Inputs:
     kwargs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.kwargs.items()}
     moved = (x.to(device) for x in (inputs.q, inputs.k, inputs.v, inputs.d_o, inputs.d_lse))
     return Inputs(*moved, kwargs=kwargs)

@@ -23,7 +23,7 @@ KINDS = ({}, {"causal": "top_left"})
 BACKENDS = ("flash", "cudnn", "efficient", "math")
 BUDGET_S = 0.35  # of timing for each job, by default: a GPU's times vary little
 FLASH_GOALS = {"forward": 1.0, "backward": 0.95}
-DECODE_BATCHES = (1, 8, 64)
+DECODE_BATCHES = (1, 8, 32)
 BANDWIDTH_GOAL = 75.0
 
 

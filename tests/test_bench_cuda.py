@@ -157,19 +157,19 @@ def test_a_bias_gradient_is_written_once() -> None:
     ids=lambda case: case.id,
 )
 def test_inputs_drawn_on_the_device_are_like_the_table_s(case: Case) -> None:
-    drawn, made = cases._draw_on("cpu", case, torch.bfloat16), make_inputs(case, torch.bfloat16)
+    drawn, made = cases.draw_on("cpu", case, torch.bfloat16), make_inputs(case, torch.bfloat16)
     for name in ("q", "k", "v", "d_o", "d_lse"):
         x, y = getattr(drawn, name), getattr(made, name)
         assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
         assert 0.8 < float(x.float().std()) < 1.2
     assert drawn.kwargs == made.kwargs
-    assert torch.equal(drawn.q, cases._draw_on("cpu", case, torch.bfloat16).q)
+    assert torch.equal(drawn.q, cases.draw_on("cpu", case, torch.bfloat16).q)
 
 
 def test_inputs_that_move_stay_the_same() -> None:
     case = Case(20, 33, D=8, bias="1hqk", mask="b11k", sinks=True, causal=True)
     made = make_inputs(case, torch.float32)
-    moved = cases._move_to("cpu", made)
+    moved = cases.move_to("cpu", made)
     assert moved.kwargs.keys() == made.kwargs.keys()
     assert all(torch.equal(moved.kwargs[name], made.kwargs[name]) for name in ("bias", "mask", "sinks"))
     assert torch.equal(moved.v, made.v)

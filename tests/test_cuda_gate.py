@@ -238,13 +238,15 @@ def test_machine_code() -> None:
         COMBINE: Kernel("combine", Constants("attention_combine", 128, 1, 0)),
         "absent": Kernel("absent", Constants("absent", 128, 1, 0)),
     }
-    assert cuda_gate.find_listing_faults(counts, kernels, 90) == [
+    table = Table("13.0", {})
+    assert cuda_gate.find_listing_faults(counts, kernels, table, 90) == [
         "absent has no machine code for sm_90",
         "combine has 1 loads from local memory (LDL) on sm_90",
         "combine has 1 stores to local memory (STL) on sm_90",
     ]
-    del counts[FORWARD]["LDSM"], counts[COMBINE]["LDL"], counts[COMBINE]["STL"], kernels["absent"]
-    assert cuda_gate.find_listing_faults(counts, kernels, 90) == ["forward has no matrix loads (LDSM) on sm_90"]
+    del counts[FORWARD]["LDSM"], kernels["absent"]
+    table.entries["combine"] = Entry(128, 1, 0, (Usage(38), Usage(40, stack=8), Usage(38)))
+    assert cuda_gate.find_listing_faults(counts, kernels, table, 90) == ["forward has no matrix loads (LDSM) on sm_90"]
 
 
 def test_without_nvcc_it_says_that_it_is_skipped(
