@@ -17,6 +17,7 @@ from .core_module import load_core
 core = load_core()
 
 MAX_HEAD_DIM = 256  # what the CUDA kernels serve
+NEVER_SPLIT = 0  # multiprocessors of an emulated device that any problem fills
 MANY_MULTIPROCESSORS = 64  # of an emulated device on which these small problems split their keys
 
 

@@ -23,7 +23,7 @@ from fastattn._ops import draw_rng_state
 
 from .cases import CASES, Case, Inputs, make_inputs
 from .compare import Quantities, expected, violations
-from .emulated import MANY_MULTIPROCESSORS, compute_emulated, core, is_served
+from .emulated import MANY_MULTIPROCESSORS, NEVER_SPLIT, compute_emulated, core, is_served
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -40,10 +40,10 @@ def matrix() -> Iterator[Any]:
 def test_parity(case: Case, dtype: torch.dtype) -> None:
     """o, lse and every gradient within the bound of tests/compare.py; where keys can be split, split and not."""
     inputs = make_inputs(case, dtype)
-    got, ran = compute_emulated(inputs, multiprocessors=1)
+    got, ran = compute_emulated(inputs, multiprocessors=NEVER_SPLIT)
+    assert "attention_combine" not in ran["forward"]["kernels"]
     broken = violations(got, expected(case, dtype))
     assert not broken, "\n".join([f"{case.id} in {dtype}:", *broken])
-    assert "attention_combine" not in ran["forward"]["kernels"] or case.Lq == 1
 
     got, ran = compute_emulated(inputs, multiprocessors=MANY_MULTIPROCESSORS)
     if "attention_combine" in ran["forward"]["kernels"]:
@@ -56,7 +56,7 @@ def test_the_table_reaches_every_kernel() -> None:
     kernels: set[str] = set()
     for case in CASES[::5]:
         if not case.heavy and is_served(case):
-            for multiprocessors in (1, MANY_MULTIPROCESSORS):
+            for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
                 _, ran = compute_emulated(make_inputs(case, torch.bfloat16), multiprocessors=multiprocessors)
                 kernels |= {name for run in ran.values() for name in run["kernels"]}
     assert kernels == {
@@ -106,7 +106,7 @@ def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> Non
         {"seed": 3, "copies": "at_issue", "random_order": False},
         {"seed": 4, "threads": 1},
     ]
-    for multiprocessors in (1, MANY_MULTIPROCESSORS):
+    for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
         wanted, _ = compute_emulated(inputs, multiprocessors=multiprocessors)
         for setting in settings:
             got, _ = compute_emulated(inputs, multiprocessors=multiprocessors, **setting)
@@ -148,7 +148,7 @@ def poisoned(inputs: Inputs) -> Inputs:
 )
 def test_padding_is_not_read(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
-    for multiprocessors in (1, MANY_MULTIPROCESSORS):
+    for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
         wanted, _ = compute_emulated(inputs, multiprocessors=multiprocessors)
         got, _ = compute_emulated(poisoned(inputs), multiprocessors=multiprocessors)
         for name, x in wanted.items():
@@ -229,7 +229,7 @@ def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
     missed: dict[tuple[str, int, str], str] = {}
     for case in TELLING:
         inputs = make_inputs(case, dtype)
-        for multiprocessors in (1, MANY_MULTIPROCESSORS):
+        for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
             wanted, ran = compute_emulated(inputs, multiprocessors=multiprocessors)
             for run in ran.values():
                 for file, line, kind, calls, _ in run["sites"]:
@@ -330,10 +330,9 @@ def test_plans_are_sound_for_all_shapes() -> None:
 def test_the_plan_is_what_runs() -> None:
     inputs = make_inputs(Case(1, 700, D=64, Hkv=1), torch.float16)
     _, split = compute_emulated(inputs, multiprocessors=MANY_MULTIPROCESSORS)
-    _, whole = compute_emulated(inputs, multiprocessors=1)
+    _, whole = compute_emulated(inputs, multiprocessors=NEVER_SPLIT)
     assert split["forward"]["kernels"] == ["attention_forward", "attention_combine"]
-    # One row of one head leaves even one multiprocessor room for several parts.
-    assert whole["forward"]["kernels"][0] == "attention_forward"
+    assert whole["forward"]["kernels"] == ["attention_forward"]
 
 
 def test_tensors_keep_their_bits_on_the_way() -> None:

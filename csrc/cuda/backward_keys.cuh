@@ -120,7 +120,7 @@ struct BackwardKeysKernel {
 
       const int first_key = j0 + warp * 16 * kM;
       if constexpr (kModified) {
-        differentiate(s, dp, p, geometry, stats, b, h, i0, first_key, lane);
+        differentiate(s, dp, p, stats, b, h, i0, first_key, lane);
       } else {
         if (i0 < full_begin || i0 + kBlockM > full_end) hide(s, geometry, i0, first_key, lane);
 #pragma unroll
@@ -182,9 +182,10 @@ struct BackwardKeysKernel {
   }
 
   FASTATTN_DEVICE void differentiate(float (&s)[kM][kN][4], float (&dp)[kM][kN][4], const Params& p,
-                                     const MaskGeometry& geometry, SharedAddress stats, int b, int h, int i0,
-                                     int first_key, int lane) {
+                                     SharedAddress stats, int b, int h, int i0, int first_key, int lane) {
     const AttentionParams& a = p.grad.forward;
+    // Computed anew for each tile: registers are what these kernels are short of.
+    const MaskGeometry geometry = mask_geometry(a, opaque(static_cast<uint32_t>(b)));
     const DropoutSeed seed = dropout_seed(a);
 #pragma unroll
     for (int tile = 0; tile < kN; ++tile) {

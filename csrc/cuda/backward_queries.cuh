@@ -101,7 +101,7 @@ struct BackwardQueriesKernel {
 
       const int j0 = n * kBlockN;
       if constexpr (kModified) {
-        differentiate(s, dp, p, geometry, stats, b, h, first_row, j0, lane);
+        differentiate(s, dp, p, stats, b, h, first_row, j0, lane);
       } else {
         const bool is_full = j0 >= full_begin && j0 + kBlockN <= full_end;
 #pragma unroll
@@ -151,9 +151,11 @@ struct BackwardQueriesKernel {
   }
 
   FASTATTN_DEVICE void differentiate(float (&s)[kM][kN][4], float (&dp)[kM][kN][4], const Params& p,
-                                     const MaskGeometry& geometry, const RowStatistics (&stats)[kRows], int b, int h,
-                                     int first_row, int j0, int lane) {
+                                     const RowStatistics (&stats)[kRows], int b, int h, int first_row, int j0,
+                                     int lane) {
     const AttentionParams& a = p.grad.forward;
+    // Computed anew for each tile: registers are what these kernels are short of.
+    const MaskGeometry geometry = mask_geometry(a, opaque(static_cast<uint32_t>(b)));
     const DropoutSeed seed = dropout_seed(a);
     const int64_t bh = static_cast<int64_t>(b) * a.Hq + h;
 #pragma unroll

@@ -60,10 +60,20 @@ struct SplitOperand {
   }
 };
 
+// Tensor cores round their sums towards zero, which in a long sum adds up. So only a few products are summed by them, and
+// those sums are added by additions that round to nearest: each k-step's in gemm_nt, every second one's in gemm_rn. (Ootomo and
+// Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
+// performance", 2022, section 4.)
 FASTATTN_DEVICE void mma_3xtf32(float (&d)[4], const SplitOperand<4>& a, const SplitOperand<2>& b) {
   mma_tf32(d, a.lo, b.hi[0], b.hi[1]);
   mma_tf32(d, a.hi, b.lo[0], b.lo[1]);
   mma_tf32(d, a.hi, b.hi[0], b.hi[1]);
+}
+FASTATTN_DEVICE void add_3xtf32(float (&d)[4], const SplitOperand<4>& a, const SplitOperand<2>& b) {
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  mma_3xtf32(sum, a, b);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) d[e] += sum[e];
 }
 
 // a and b are lane addresses: a_fragment_address of the warp's first row, b_fragment_address of the tile.
@@ -93,8 +103,8 @@ FASTATTN_DEVICE void gemm_nt(float (&acc)[kM][kN][4], SharedAddress a, SharedAdd
         const SplitOperand<2> second = {{b_split.hi[2], b_split.hi[3]}, {b_split.lo[2], b_split.lo[3]}};
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
-          mma_3xtf32(acc[i][j], a_split[i], first);
-          mma_3xtf32(acc[i][j + 1], a_split[i], second);
+          add_3xtf32(acc[i][j], a_split[i], first);
+          add_3xtf32(acc[i][j + 1], a_split[i], second);
         }
       }
     } else {
@@ -118,25 +128,38 @@ FASTATTN_DEVICE void gemm_rn(float (&acc)[kM][kN][4], const float (&p)[kM][kK][4
   static_assert(kK % 2 == 0 && kN % 2 == 0 && 8 * kN <= TileB::kDim && 8 * kK <= TileB::kRows);
   b = opaque(b);
   if constexpr (TileB::kType == DType::kFloat32) {
+SplitOperand<4> a[kM][kK];
 #pragma unroll
-    for (int step = 0; step < kK; ++step) {
-      SplitOperand<4> a[kM];
+    for (int i = 0; i < kM; ++i) {
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
+      for (int step = 0; step < kK; ++step) {
         const float(&x)[4] = p[i][step];
         const uint32_t bits[4] = {float_bits(x[0]), float_bits(x[2]), float_bits(x[1]), float_bits(x[3])};
-        SplitOperand<4>::split(bits, &a[i]);
+        SplitOperand<4>::split(bits, &a[i][step]);
       }
+    }
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        // Rows 2t and 2t + 1 differ in the lowest bit of the swizzle, hence in the lowest bit of the chunk's place.
-        const SharedAddress row = TileB::at(b + step * 8 * TileB::kRowBytes, 2 * j);
-        const SharedAddress next_row = (row ^ (TileB::kSwizzleMask & 1) << 4) + TileB::kRowBytes;
-        const uint32_t bits[2] = {load_shared_u32(row), load_shared_u32(next_row)};
-        SplitOperand<2> b_split;
-        SplitOperand<2>::split(bits, &b_split);
+    for (int j = 0; j < kN; ++j) {
 #pragma unroll
-        for (int i = 0; i < kM; ++i) mma_3xtf32(acc[i][j], a[i], b_split);
+      for (int pair = 0; pair < kK; pair += 2) {
+        float sum[kM][1][4];
+        set_zero(sum);
+#pragma unroll
+        for (int step = pair; step < pair + 2; ++step) {
+          // Rows 2t and 2t + 1 differ in the lowest bit of the swizzle, hence in the lowest bit of the chunk's place.
+          const SharedAddress row = TileB::at(b + step * 8 * TileB::kRowBytes, 2 * j);
+          const SharedAddress next_row = (row ^ (TileB::kSwizzleMask & 1) << 4) + TileB::kRowBytes;
+          const uint32_t bits[2] = {load_shared_u32(row), load_shared_u32(next_row)};
+          SplitOperand<2> b_split;
+          SplitOperand<2>::split(bits, &b_split);
+#pragma unroll
+          for (int i = 0; i < kM; ++i) mma_3xtf32(sum[i][0], a[i][step], b_split);
+        }
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[i][j][e] += sum[i][0][e];
+        }
       }
     }
   } else {

@@ -47,6 +47,20 @@ FASTATTN_INLINE void high(const Words& words, Row& x) {
   }
 }
 
+// c += x, rounded towards zero, as tensor cores have been seen to round what they accumulate: in a long sum that is a
+// drift, where rounding to nearest would be a random walk.
+FASTATTN_INLINE void add_towards_zero(Row& c, const Row& x) {
+  Row sum = c + x;
+  // What the rounding to nearest lost, exactly (Knuth's two-sum).
+  const Row of_x = sum - c;
+  const Row lost = (c - (sum - of_x)) + (x - of_x);
+  const Words is_too_large = (Words)(((lost < 0.0f) & (sum > 0.0f)) | ((lost > 0.0f) & (sum < 0.0f)));
+  Words bits;
+  copy(&sum, &bits);
+  bits += is_too_large;  // -1: the next number towards zero
+  copy(&bits, &c);
+}
+
 template <MmaType kType>
 FASTATTN_INLINE void multiply(MmaOperands& o) {
   constexpr int kPerWord = kType == MmaType::kTf32 ? 1 : 2;
@@ -81,7 +95,7 @@ FASTATTN_INLINE void multiply(MmaOperands& o) {
     for (int row = 0; row < 4; ++row) {
       Row c;
       std::memcpy(&c, o.c + 8 * (i + row), sizeof(Row));
-      c += sums[row];
+      add_towards_zero(c, sums[row]);
       std::memcpy(o.c + 8 * (i + row), &c, sizeof(Row));
     }
   }
