@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench import cases, cuda, cuda_targets, measure, peers, report, targets, timing
+from bench import cases, cuda, cuda_targets, machine, measure, peers, report, targets, timing
 from bench.__main__ import main
 from bench.cases import Job, count_bytes, count_flop, visible_pairs
 from fastattn import reference
@@ -253,6 +254,19 @@ class Meter:
         return {"bfloat16 GEMM": 800e3}
 
 
+class WholeMeter(Meter, cuda.CudaMeter):
+    """The same, for a whole run."""
+
+    def __init__(self) -> None:
+        pass
+
+    def measure_copy(self) -> float:
+        return 4000.0
+
+
+GPU = cuda.Gpu("NVIDIA H200", "90", 132, 140 << 30, 60 << 20, "580.1", "13.0", "91000", {"clocks.sm": "1980"})
+
+
 def make_context(deadline: float = math.inf) -> cuda_targets.Context:
     return cuda_targets.Context(Meter(), 0.005, deadline, 4000.0, lambda step: None)
 
@@ -384,3 +398,30 @@ def test_suites_have_their_devices(arguments: list[str], message: str, capsys: p
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a GPU, but for the GPU: the command line, the tables, the JSON and the plot."""
+    monkeypatch.setattr(cuda, "obstacle", lambda: None)
+    monkeypatch.setattr(cuda, "CudaMeter", WholeMeter)
+    monkeypatch.setattr(machine, "describe_gpu", lambda: GPU)
+    out = tmp_path / "targets.json"
+    arguments = ["--suite", "cuda-targets", "--case", "forward,decode", "--budget", "0.005", "--json", str(out)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "NVIDIA H200 (sm_90, 132 multiprocessors, 140 GiB, 60 MiB of L2); driver 580.1; clocks.sm 1980\n"
+    )
+    for words in ("% of GEMM", "x SDPA, flash backend", "% of a copy's bandwidth", "targets met", "800 TFLOP/s in a"):
+        assert words in text
+    document = json.loads(out.read_text())
+    assert document["machine"]["gpu"]["name"] == "NVIDIA H200"
+    assert document["machine"]["versions"]["cuDNN"] == "91000"
+    assert document["peaks_gflops"] == {"bfloat16 GEMM": 800e3}
+    assert document["copy_gbytes_per_s"] == 4000.0
+    assert len(document["targets"]) == len(document["rows"]) == 4 + len(cuda_targets.DECODE_BATCHES)
+    assert all("flushed" in row["results"]["fastattn"] for row in document["rows"])
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="takes as --case one or more of forward,backward,decode"):
+        main(["--suite", "cuda-targets", "--case", "table-"])
