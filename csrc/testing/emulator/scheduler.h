@@ -38,6 +38,7 @@ class Random {
 };
 
 struct Block;
+struct Copies;
 struct Warp;
 
 // A cp.async.
@@ -56,7 +57,7 @@ struct alignas(64) Thread {
   uint8_t mma_a = 0, mma_b = 0, mma_c = 0;  // the place of its first word in each matrix of MmaOperands
   int index = 0;
   bool is_running_body = false;
-  struct Copies* copies = nullptr;
+  Copies* copies = nullptr;
 };
 
 // The asynchronous copies that a thread has not waited for.
@@ -177,7 +178,7 @@ void Block::fail(const Parts&... what) const {
   throw Failure(join("fastattn emulator: block ", block_index, ", thread ", current->index, ": ", what..., "."));
 }
 
-// ---- The way that every collective takes --------------------------------------------------------------------------
+// ---- The way that every collective takes ---------------------------------------------------------------------------
 
 // The next lane that can run, after `start` in the warp's order. There is one.
 [[gnu::always_inline]] inline Thread& Block::pick_lane(Warp& warp, uint32_t start) {
