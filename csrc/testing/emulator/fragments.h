@@ -14,7 +14,7 @@ struct MmaOperands {
   alignas(64) float c[16 * 8];     // [row][column]; the result replaces it
 };
 
-// c += a b. Products are exact; their sum is rounded once for every product, then once when it is added to c.
+// c += a b. Products are exact; their sum is rounded after each, to nearest, and once when it is added to c, towards zero.
 using MmaFunction = void (*)(MmaOperands&);
 MmaFunction mma_function(MmaType type);  // for this processor; every choice gives the same bits
 
