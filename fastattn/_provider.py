@@ -8,10 +8,14 @@ graphs, TorchScript and C++. torch.nn.attention.restore_flash_attention_impl() t
     aten::_scaled_dot_product_flash_attention_for_cpu_backward   Dv = D, and a mask that needs no gradient
     aten::_native_multi_head_attention, dense and nested         the fast path of nn.TransformerEncoderLayer and of
                                                                  nn.MultiheadAttention, in evaluation: no SDPA there
+    aten::_scaled_dot_product_flash_attention                    on a GPU, where torch and fastattn have CUDA: what SDPA
+    aten::_scaled_dot_product_flash_attention_backward           calls when it chooses flash attention, for 16-bit
+                                                                 inputs without a mask; served without dropout
 
-SDPA's other calls (dropout, Dv != D, 2-d, 3-d and 5-d inputs, broadcasting, the gradient of a mask) do not pass here:
-fastattn.replace_sdpa() serves those. Layouts and shapes of the results are exactly PyTorch's, because compiled code
-relies on them. A call that these kernels do not cover goes to the kernel that was there before.
+SDPA's other calls (on the CPU: dropout, Dv != D, 2-d, 3-d and 5-d inputs, broadcasting, the gradient of a mask; on a
+GPU: masks, float32) do not pass here: fastattn.replace_sdpa() serves those. Layouts and shapes of the results are
+exactly PyTorch's, because compiled code relies on them. A call that these kernels do not cover goes to the kernel that
+was there before.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import torch.nn.attention
 import torch.nn.functional as F
 from torch import DispatchKeySet, Tensor
 
-from fastattn import _ops
+from fastattn import _cuda, _ops
 
 NAME = "fastattn"
 
@@ -48,7 +52,7 @@ class Handle:
         with warnings.catch_warnings():
             # PyTorch warns that kernels are overridden, which is what the caller has asked for.
             warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
-            for op, key, kernel in _KERNELS:
+            for op, key, kernel in (*_KERNELS, *(_CUDA_KERNELS if _cuda.missing is None else ())):
                 self._override(op, key, kernel)
 
     def _override(self, op: str, key: str, kernel: Callable[..., Any]) -> None:
@@ -122,11 +126,7 @@ def _flash_forward(
         # PyTorch's kernel gives 0 to a row that sees nothing, and its backward pass would make NaN of -inf, should this
         # provider be deactivated in between.
         lse.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=0.0)
-    if o.stride() != query.stride():
-        expected = torch.empty_like(query)
-        if o.stride() != expected.stride():
-            o = expected.copy_(o)
-    return o, _in_rows(lse)
+    return _lying_as(query, o), _in_rows(lse)
 
 
 def _flash_backward(
@@ -147,11 +147,32 @@ def _flash_backward(
         raise _NotServed
     bias = _bias(attn_mask, query)
     causal = int(is_causal)
-    # Probabilities are exp(s - m) / l, for any m and l with m + log(l) = lse. Not l = 1, though: from that the kernel
-    # concludes that one key has all the weight.
-    stats = torch.stack((logsumexp - math.log(2.0), torch.full_like(logsumexp, 2.0)))
+    stats = _stats(logsumexp)
     if logsumexp.numel() > 0 and not logsumexp.abs().amax().item() <= _LSE_BOUND:
         _, _, stats = _attend(query, key, value, bias, None, causal, scale, True)
+    dq, dk, dv = _attend_backward(grad_out, query, key, value, out, stats, bias, causal, scale)
+    return _in_rows(dq), _in_rows(dk), _in_rows(dv)
+
+
+def _stats(logsumexp: Tensor) -> Tensor:
+    """Row maximum m and sum l: probabilities are exp(s - m) / l, for any m and l with m + log(l) = lse.
+
+    Not l = 1, though: from that the kernel concludes that one key has all the weight.
+    """
+    return torch.stack((logsumexp - math.log(2.0), torch.full_like(logsumexp, 2.0)))
+
+
+def _attend_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    bias: Tensor | None,
+    causal: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     try:
         dq, dk, dv, _, _ = _ops._backward_op(
             *(grad_out, None, query, key, value, out, stats, bias, None),
@@ -160,7 +181,15 @@ def _flash_backward(
         )
     except ValueError:
         raise _NotServed from None
-    return _in_rows(dq), _in_rows(dk), _in_rows(dv)
+    return dq, dk, dv
+
+
+def _lying_as(like: Tensor, x: Tensor) -> Tensor:
+    """x with memory as torch.empty_like(like) has it."""
+    if x.stride() == like.stride():
+        return x
+    expected = torch.empty_like(like)
+    return x if x.stride() == expected.stride() else expected.copy_(x)
 
 
 def _in_rows(x: Tensor) -> Tensor:
@@ -168,6 +197,67 @@ def _in_rows(x: Tensor) -> Tensor:
     if x.size(1) == 1 or x.size(2) == 1 or x.stride(1) < x.stride(2):
         return x  # the operator's results have one of the two layouts
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _check_on_gpu(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> None:
+    """Refuses what is PyTorch's: dropout, whose mask its own generator draws, and the corner of unequal lengths."""
+    if (
+        dropout_p != 0.0
+        or (is_causal and query.size(2) != key.size(2))
+        or query.dtype not in (torch.bfloat16, torch.float16)
+        or _cuda.obstacle(query.device.index) is not None
+    ):
+        raise _NotServed
+
+
+def _flash_forward_on_gpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """aten::_scaled_dot_product_flash_attention: o, lying as torch.empty_like(query), lse, and dropout's."""
+    _check_on_gpu(query, key, dropout_p, is_causal)
+    if return_debug_mask:
+        raise _NotServed
+    o, lse, _ = _attend(query, key, value, None, None, int(is_causal), scale, False)
+    rng_state = torch.empty(2, dtype=torch.uint64, device=query.device)
+    unused = torch.empty((), dtype=torch.uint64, device=query.device)
+    debug_mask = query.new_empty(0)
+    return _lying_as(query, o), lse, None, None, query.size(2), key.size(2), rng_state, unused, debug_mask
+
+
+def _flash_backward_on_gpu(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aten::_scaled_dot_product_flash_attention_backward: dq, dk and dv as torch.empty_like of their inputs lie.
+
+    No mask comes this way, so that lse is no larger than the scores and says enough; nobody waits to look at it.
+    """
+    _check_on_gpu(query, key, dropout_p, is_causal)
+    stats = _stats(logsumexp)
+    grads = _attend_backward(grad_out, query, key, value, out, stats, None, int(is_causal), scale)
+    dq, dk, dv = (_lying_as(x, grad) for x, grad in zip((query, key, value), grads, strict=True))
+    return dq, dk, dv
 
 
 # --- The fast path of nn.TransformerEncoderLayer and nn.MultiheadAttention -------------------------------------------
@@ -274,6 +364,11 @@ _KERNELS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("_scaled_dot_product_flash_attention_for_cpu_backward", "CPU", _flash_backward),
     ("_native_multi_head_attention", "CPU", _multi_head_attention),
     ("_native_multi_head_attention", "NestedTensorCPU", _nested_multi_head_attention),
+)
+# PyTorch's own fast path on a GPU ends at SDPA.
+_CUDA_KERNELS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("_scaled_dot_product_flash_attention", "CUDA", _flash_forward_on_gpu),
+    ("_scaled_dot_product_flash_attention_backward", "CUDA", _flash_backward_on_gpu),
 )
 
 

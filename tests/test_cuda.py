@@ -738,6 +738,64 @@ def test_replaced_sdpa_hands_back(shape: tuple[int, ...], dtype: torch.dtype, re
     torch.testing.assert_close(o, F.scaled_dot_product_attention(x, x, x))
 
 
+needs_provider = pytest.mark.skipif(fastattn._provider._registered is False, reason="torch has no registry")
+
+
+@pytest.fixture
+def provider() -> Iterator[None]:
+    torch.nn.attention.activate_flash_attention_impl("fastattn")
+    yield
+    torch.nn.attention.restore_flash_attention_impl()
+
+
+def kernel_names(step: Callable[[], Any]) -> set[str]:
+    """Of torch's operators, as the profiler sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return {event.key for event in profile.key_averages()}
+
+
+@needs_provider
+@pytest.mark.usefixtures("provider")
+@pytest.mark.parametrize("layout", ["contiguous", "blhd"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_provider(compiled: bool, is_causal: bool, layout: str) -> None:
+    """SDPA by these kernels when it chooses flash attention: the bits of o, and gradients in PyTorch's layout."""
+    torch._dynamo.reset()
+    inputs = on_gpu(Case(128, 128, D=64, B=2, Hkv=4, layout=layout), torch.bfloat16).require_grad()
+    q, k, v = inputs.q, inputs.k, inputs.v
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+    if compiled:
+        step = torch.compile(step, backend="aot_eager", fullgraph=True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        assert "fastattn::attention_forward" in kernel_names(lambda: step(q, k, v))
+        o = step(q, k, v)
+        assert "fastattn::attention_backward" in kernel_names(
+            lambda: torch.autograd.grad(o, (q, k, v), inputs.d_o, retain_graph=True)
+        )
+        grads = torch.autograd.grad(o, (q, k, v), inputs.d_o)
+    wanted = fastattn.attention(q, k, v, causal="top_left" if is_causal else False)
+    assert torch.equal(o, wanted)
+    assert o.stride() == torch.empty_like(q).stride()
+    for x, grad, close in zip((q, k, v), grads, torch.autograd.grad(wanted, (q, k, v), inputs.d_o), strict=True):
+        assert grad.stride() == torch.empty_like(x).stride()
+        # lse alone says less about a row than its maximum and its sum do.
+        torch.testing.assert_close(grad, close, rtol=2e-2, atol=2e-2)
+
+
+@needs_provider
+@pytest.mark.usefixtures("provider")
+def test_provider_leaves_dropout_to_pytorch() -> None:
+    q = randn(1, 4, 128, 64, grad=True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        names = kernel_names(lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).sum().backward())
+    assert not [name for name in names if name.startswith("fastattn::")]
+
+
 def test_info_names_the_device() -> None:
     info = fastattn.info()
     assert f"cuda:0 {torch.cuda.get_device_name(0)} (sm_" in info.cuda
