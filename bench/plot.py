@@ -121,7 +121,7 @@ def plot_rows(path: Path, rows: Sequence[Row], machine: Machine) -> None:
         right.set_xlim(0, 104)
         right.axvline(100, color=INK, linewidth=1)
         on_gpu = bool(rows) and rows[0].job.device == "cuda"
-        yardstick = "bfloat16 matrix product" if on_gpu else "multiply-add peak"
+        yardstick = "bfloat16 GEMM" if on_gpu else "multiply-add peak"
         right.set_xlabel(f"% of the {yardstick} measured beside each case")
         right.tick_params(axis="y", length=0)
         for axes in (left, right):

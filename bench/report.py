@@ -105,21 +105,19 @@ def cuda_case_table(rows: Sequence[Row]) -> str:
 
 
 def peer_table(rows: Sequence[Row]) -> str:
-    """GFLOP/s and % of peak of every implementation, case by case; "" where only SDPA was timed beside ours."""
+    """GFLOP/s (TFLOP/s on a GPU) and % of peak of every implementation by case; "" where only SDPA was timed beside ours."""
     names = [name for name in PEERS if any(name in row.timings for row in rows)]
     if len(names) <= 2:
         return ""
-    lines = [
-        [
-            row.job.id,
-            *(
-                f"{row.gflops(name):.0f} ({row.percent_of_peak(name):.0f}%)" if name in row.timings else "-"
-                for name in names
-            ),
-        ]
-        for row in rows
-    ]
-    return "GFLOP/s (% of peak)\n" + text_table(["case", *names], lines)
+    unit, scale = ("TFLOP/s", 1e3) if rows[0].job.device == "cuda" else ("GFLOP/s", 1.0)
+
+    def cell(row: Row, name: str) -> str:
+        if name not in row.timings:
+            return "-"
+        return f"{row.gflops(name) / scale:.0f} ({row.percent_of_peak(name):.0f}%)"
+
+    lines = [[row.job.id, *(cell(row, name) for name in names)] for row in rows]
+    return f"{unit} (% of peak)\n" + text_table(["case", *names], lines)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
