@@ -105,7 +105,7 @@ def cuda_case_table(rows: Sequence[Row]) -> str:
 
 
 def peer_table(rows: Sequence[Row]) -> str:
-    """GFLOP/s (TFLOP/s on a GPU) and % of peak of every implementation by case; "" where only SDPA was timed beside ours."""
+    """GFLOP/s (TFLOP/s on a GPU) and % of peak of every peer by case; "" where only SDPA was timed beside ours."""
     names = [name for name in PEERS if any(name in row.timings for row in rows)]
     if len(names) <= 2:
         return ""
