@@ -468,12 +468,15 @@ def test_choices_of_setup(tmp_path: Path) -> None:
         )
         return result.returncode, (result.stdout if result.returncode == 0 else result.stderr).splitlines()[-1]
 
+    status, said = setup(FASTATTN_CUDA="0")
+    if said.startswith("ModuleNotFoundError"):
+        pytest.skip(f"nothing can be built here: {said}")
+    assert (status, said) == (0, fastattn.__version__)
     assert setup(FASTATTN_CUDA="2") == (1, "fastattn: FASTATTN_CUDA is '2'; it must be 0, 1 or auto.")
     status, said = setup(FASTATTN_CUDA="1")
     assert status == 1
     assert said == f"fastattn: FASTATTN_CUDA=1, but {tmp_path}/nvcc is of CUDA 12.4; at least 12.8 is needed."
-    for choice in ("0", "auto"):
-        assert setup(FASTATTN_CUDA=choice) == (0, fastattn.__version__)
+    assert setup(FASTATTN_CUDA="auto") == (0, fastattn.__version__)
 
 
 @pytest.mark.slow
