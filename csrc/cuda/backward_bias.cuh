@@ -42,7 +42,6 @@ struct BackwardBiasKernel {
 
   FASTATTN_DEVICE void run(const Params& p) {
     const AttentionParams& a = p.backward.grad.forward;
-    const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
     int64_t block = block_index();
     int64_t tile[4];  // batch, head, query tile, key tile
 #pragma unroll
@@ -57,7 +56,6 @@ struct BackwardBiasKernel {
 
     const SharedAddress q_tile = shared_base(), d_o_tile = q_tile + TileQ::kBytes;
     const SharedAddress k_tile = d_o_tile + TileQ::kBytes, v_tile = k_tile + TileKV::kBytes;
-    const SharedAddress warp_rows = static_cast<SharedAddress>(warp * 16 * kM * TileQ::kRowBytes);
     float sum[kM][kN][4];
     set_zero(sum);
 
@@ -82,15 +80,15 @@ struct BackwardBiasKernel {
 
       float s[kM][kN][4], dp[kM][kN][4];
       set_zero(s);
-      gemm_nt<TileQ, TileKV>(s, a_fragment_address<TileQ>(q_tile, lane) + warp_rows,
-                             b_fragment_address<TileKV>(k_tile, lane));
+      gemm_nt<TileQ, TileKV>(s, a_fragment_address<TileQ>(q_tile, warp_row()), b_fragment_address<TileKV>(k_tile));
       set_zero(dp);
-      gemm_nt<TileQ, TileKV>(dp, a_fragment_address<TileQ>(d_o_tile, lane) + warp_rows,
-                             b_fragment_address<TileKV>(v_tile, lane));
-      add_gradients(sum, s, dp, p.backward, geometry, b, h, i0 + warp * 16 * kM + (lane >> 2), j0, lane);
+      gemm_nt<TileQ, TileKV>(dp, a_fragment_address<TileQ>(d_o_tile, warp_row()), b_fragment_address<TileKV>(v_tile));
+      add_gradients(sum, s, dp, p.backward, geometry, b, h, i0 + warp_row() + (lane_index() >> 2), j0);
     }
-    write(sum, p, tile, chunk, warp, lane);
+    write(sum, p, tile, chunk);
   }
+
+  FASTATTN_DEVICE int warp_row() { return warp_index() * 16 * kM; }  // of the tile's rows, the first of this warp's
 
   FASTATTN_DEVICE void load_operands(const BackwardParams& p, const MaskGeometry& geometry, int b, int h, int i0,
                                      int rows, int j0, SharedAddress q_tile, SharedAddress d_o_tile,
@@ -102,19 +100,16 @@ struct BackwardBiasKernel {
     const auto d_o_rows = RowPointer<kBytes>::make(p.grad.d_o, p.grad.d_o_stride, b, h);
     const auto k_rows = RowPointer<kBytes>::make(a.k, a.k_stride, b, hkv);
     const auto v_rows = RowPointer<kBytes>::make(a.v, a.v_stride, b, hkv);
-    const auto row_at = [](const RowPointer<kBytes>& pointer, int first) {
-      return [pointer, first](int row) { return pointer.at(first + row); };
-    };
-    load_tile<TileQ, kThreads>(q_tile, row_at(q_rows, i0), rows, D, p.is_aligned_q);
-    load_tile<TileQ, kThreads>(d_o_tile, row_at(d_o_rows, i0), rows, Dv, p.is_aligned_d_o);
-    load_tile<TileKV, kThreads>(k_tile, row_at(k_rows, j0), keys, D, p.is_aligned_k);
-    load_tile<TileKV, kThreads>(v_tile, row_at(v_rows, j0), keys, Dv, p.is_aligned_v);
+    load_tile<TileQ, kThreads>(q_tile, q_rows.at(i0), q_rows.row_bytes, rows, D, p.is_aligned_q);
+    load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(i0), d_o_rows.row_bytes, rows, Dv, p.is_aligned_d_o);
+    load_tile<TileKV, kThreads>(k_tile, k_rows.at(j0), k_rows.row_bytes, keys, D, p.is_aligned_k);
+    load_tile<TileKV, kThreads>(v_tile, v_rows.at(j0), v_rows.row_bytes, keys, Dv, p.is_aligned_v);
     cp_async_commit();
   }
 
   FASTATTN_DEVICE void add_gradients(float (&sum)[kM][kN][4], float (&s)[kM][kN][4], float (&dp)[kM][kN][4],
                                      const BackwardParams& p, const MaskGeometry& geometry, int b, int h,
-                                     int first_row, int j0, int lane) {
+                                     int first_row, int j0) {
     const AttentionParams& a = p.grad.forward;
     const DropoutSeed seed = dropout_seed(a);
     const int64_t bh = static_cast<int64_t>(b) * a.Hq + h;
@@ -122,12 +117,8 @@ struct BackwardBiasKernel {
     for (int m = 0; m < kM; ++m) {
       const int row[2] = {first_row + 16 * m, first_row + 16 * m + 8};
       const RowInterval seen[2] = {row_interval(geometry, row[0]), row_interval(geometry, row[1])};
-      RowStatistics stats[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        stats[half] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (row[half] < a.Lq) stats[half] = RowStatistics::from(p.row_stats[bh * a.Lq + row[half]]);
-      }
+      const F32x4* const all_stats = p.row_stats + bh * a.Lq;
+      const RowStatistics stats[2] = {load_statistics(all_stats, row[0], a.Lq), load_statistics(all_stats, row[1], a.Lq)};
 #pragma unroll
       for (int tile = 0; tile < kN; ++tile) {
         const uint32_t kept = p.constants.has_dropout ? dropout_bits(seed, p.constants.dropout_threshold, bh, bh, row[0],
@@ -135,7 +126,7 @@ struct BackwardBiasKernel {
                                                       : 15u;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int i = row[e / 2], j = j0 + 8 * tile + 2 * (lane & 3) + e % 2;
+          const int i = row[e / 2], j = j0 + 8 * tile + 2 * (lane_index() & 3) + e % 2;
           if (i < a.Lq && j >= seen[e / 2].lo && j < seen[e / 2].hi) {
             sum[m][tile][e] += differentiate_modified(s[m][tile][e], dp[m][tile][e], stats[e / 2], kept >> e & 1u, p,
                                                       geometry, b, h, i, j);
@@ -153,8 +144,7 @@ struct BackwardBiasKernel {
   }
 
   // Sums over the queries or keys along which the bias is broadcast, and writes what remains.
-  FASTATTN_DEVICE void write(const float (&sum)[kM][kN][4], const Params& p, const int64_t (&tile)[4], int64_t chunk,
-                             int warp, int lane) {
+  FASTATTN_DEVICE void write(const float (&sum)[kM][kN][4], const Params& p, const int64_t (&tile)[4], int64_t chunk) {
     const AttentionParams& a = p.backward.grad.forward;
     const int64_t(&stride)[4] = p.backward.grad.d_bias_stride;
     const bool sums_queries = stride[2] == 0, sums_keys = stride[3] == 0;
@@ -165,8 +155,8 @@ struct BackwardBiasKernel {
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          store_shared_f32(sum_address((warp * kM + m) * 16 + (lane >> 2) + 8 * (e / 2), 8 * n + 2 * (lane & 3) + e % 2),
-                           sum[m][n][e]);
+          const int row = warp_row() + 16 * m + (lane_index() >> 2) + 8 * (e / 2);
+          store_shared_f32(sum_address(row, 8 * n + 2 * (lane_index() & 3) + e % 2), sum[m][n][e]);
         }
       }
     }

@@ -37,21 +37,19 @@ struct BackwardKeysKernel {
 
   static constexpr int kM = kBlockN / kWarps / 16;  // 16-key tiles of a warp
   static constexpr int kN = kBlockM / 8;            // 8-query tiles
-  static constexpr int kD = kDim / 8;
+  static constexpr int kParts = gradient_parts(kType, kDim);
+  static constexpr int kColumns = kDim / kParts;  // of the gradient, from Coordinates::column on
+  static constexpr int kD = kColumns / 8;
   static_assert(kBlockN == 16 * kM * kWarps && kBlockM % 16 == 0);
 
   FASTATTN_DEVICE void run(const Params& p) {
     const AttentionParams& a = p.grad.forward;
-    const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
-    const int64_t block = block_index();
-    const int key_block = static_cast<int>(block % p.key_blocks);
-    const int hkv = static_cast<int>(block / p.key_blocks % a.Hkv);
-    const int b = static_cast<int>(block / p.key_blocks / a.Hkv);
+    const Coordinates start = coordinates(p);
+    const int b = start.b, hkv = start.hkv, j0 = start.j0, first_byte = start.column * kBytes;
     const int group = static_cast<int>(a.Hq / a.Hkv);
 
     const MaskGeometry geometry = mask_geometry(a, b);
     const int Lk = static_cast<int>(geometry.Lk);
-    const int j0 = key_block * kBlockN;
     const int j1 = j0 + kBlockN < Lk ? j0 + kBlockN : Lk;
     TileRange range = {};
     if (j0 < j1) range = row_range(geometry, j0, j1);
@@ -60,23 +58,22 @@ struct BackwardKeysKernel {
     // A tile with keys that do not exist is never full: their weights must come out as 0.
     const int full_begin = static_cast<int>(range.full_begin);
     const int full_end = j0 + kBlockN <= Lk ? static_cast<int>(range.full_end) : full_begin;
-    const int steps = (m_end - m_begin) * group;
+    const int tiles = m_end - m_begin;  // of rows, for each query head
+    const int steps = tiles * group;
 
     const SharedAddress k_tile = shared_base(), v_tile = k_tile + TileKV::kBytes;
     const SharedAddress stages = k_tile + (kWantsDk ? 2 : 1) * TileKV::kBytes;
     const auto load_rows = [&](int step) {
       const SharedAddress q_tile = stages + step % kStages * kStageBytes, d_o_tile = q_tile + TileQ::kBytes;
-      const int h = hkv * group + step / (m_end - m_begin);
-      const int i0 = (m_begin + step % (m_end - m_begin)) * kBlockM;
+      const int h = hkv * group + step / tiles, i0 = (m_begin + step % tiles) * kBlockM;
       const int rows = static_cast<int>(a.Lq) - i0;
       const auto q_rows = RowPointer<kBytes>::make(a.q, a.q_stride, b, h);
       const auto d_o_rows = RowPointer<kBytes>::make(p.grad.d_o, p.grad.d_o_stride, b, h);
-      load_tile<TileQ, kThreads>(
-          q_tile, [&](int row) { return q_rows.at(i0 + row); }, rows, static_cast<int>(a.D), p.is_aligned_q);
-      load_tile<TileQ, kThreads>(
-          d_o_tile, [&](int row) { return d_o_rows.at(i0 + row); }, rows, static_cast<int>(a.Dv), p.is_aligned_d_o);
+      load_tile<TileQ, kThreads>(q_tile, q_rows.at(i0), q_rows.row_bytes, rows, static_cast<int>(a.D), p.is_aligned_q);
+      load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(i0), d_o_rows.row_bytes, rows, static_cast<int>(a.Dv),
+                                 p.is_aligned_d_o);
       const F32x4* stats = p.row_stats + (static_cast<int64_t>(b) * a.Hq + h) * a.Lq;
-      for (int row = thread; row < kBlockM; row += kThreads) {
+      for (int row = thread_index(); row < kBlockM; row += kThreads) {
         const bool exists = row < rows;
         cp_async_16(d_o_tile + TileQ::kBytes + row * 16, stats + (exists ? i0 + row : 0), exists ? 16 : 0);
       }
@@ -88,17 +85,15 @@ struct BackwardKeysKernel {
     set_zero(dv);
     if (steps > 0) {
       const auto k_rows = RowPointer<kBytes>::make(a.k, a.k_stride, b, hkv);
-      load_tile<TileKV, kThreads>(
-          k_tile, [&](int row) { return k_rows.at(j0 + row); }, Lk - j0, static_cast<int>(a.D), p.is_aligned_k);
+      load_tile<TileKV, kThreads>(k_tile, k_rows.at(j0), k_rows.row_bytes, Lk - j0, static_cast<int>(a.D),
+                                  p.is_aligned_k);
       if constexpr (kWantsDk) {
         const auto v_rows = RowPointer<kBytes>::make(a.v, a.v_stride, b, hkv);
-        load_tile<TileKV, kThreads>(
-            v_tile, [&](int row) { return v_rows.at(j0 + row); }, Lk - j0, static_cast<int>(a.Dv), p.is_aligned_v);
+        load_tile<TileKV, kThreads>(v_tile, v_rows.at(j0), v_rows.row_bytes, Lk - j0, static_cast<int>(a.Dv),
+                                    p.is_aligned_v);
       }
       load_rows(0);
     }
-    const SharedAddress k_fragment =
-        a_fragment_address<TileKV>(k_tile, lane) + static_cast<SharedAddress>(warp * 16 * kM * TileKV::kRowBytes);
 
     for (int step = 0; step < steps; ++step) {
       cp_async_wait<0>();
@@ -107,27 +102,26 @@ struct BackwardKeysKernel {
 
       const SharedAddress q_tile = stages + step % kStages * kStageBytes, d_o_tile = q_tile + TileQ::kBytes;
       const SharedAddress stats = d_o_tile + TileQ::kBytes;
-      const int h = hkv * group + step / (m_end - m_begin);
-      const int i0 = (m_begin + step % (m_end - m_begin)) * kBlockM;
 
       float s[kM][kN][4], dp[kM][kN][4];
       set_zero(s);
-      gemm_nt<TileKV, TileQ>(s, k_fragment, b_fragment_address<TileQ>(q_tile, lane));
+      gemm_nt<TileKV, TileQ>(s, a_fragment_address<TileKV>(k_tile, warp_row()), b_fragment_address<TileQ>(q_tile));
       set_zero(dp);
       if constexpr (kWantsDk) {
-        gemm_nt<TileKV, TileQ>(dp, k_fragment + TileKV::kBytes, b_fragment_address<TileQ>(d_o_tile, lane));
+        gemm_nt<TileKV, TileQ>(dp, a_fragment_address<TileKV>(v_tile, warp_row()),
+                               b_fragment_address<TileQ>(d_o_tile));
       }
 
-      const int first_key = j0 + warp * 16 * kM;
+      const int h = hkv * group + step / tiles, i0 = (m_begin + step % tiles) * kBlockM;
       if constexpr (kModified) {
-        differentiate(s, dp, p, stats, b, h, i0, first_key, lane);
+        differentiate(s, dp, p, stats, b, h, i0, j0 + warp_row());
       } else {
-        if (i0 < full_begin || i0 + kBlockM > full_end) hide(s, geometry, i0, first_key, lane);
+        if (i0 < full_begin || i0 + kBlockM > full_end) hide(s, p, b, i0, j0 + warp_row());
 #pragma unroll
         for (int tile = 0; tile < kN; ++tile) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const RowStatistics row = load_statistics(stats, 8 * tile + 2 * (lane & 3) + e);
+            const RowStatistics row = load_shared_statistics(stats, 8 * tile + 2 * (lane_index() & 3) + e);
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
               differentiate_plain(s[m][tile][e], dp[m][tile][e], row, p.constants);
@@ -137,8 +131,8 @@ struct BackwardKeysKernel {
         }
       }
 
-      if constexpr (kWantsDv) gemm_rn<TileQ>(dv, s, bt_fragment_address<TileQ>(d_o_tile, lane));
-      if constexpr (kWantsDk) gemm_rn<TileQ>(dk, dp, bt_fragment_address<TileQ>(q_tile, lane));
+      if constexpr (kWantsDv) gemm_rn<TileQ>(dv, s, bt_fragment_address<TileQ>(d_o_tile + first_byte));
+      if constexpr (kWantsDk) gemm_rn<TileQ>(dk, dp, bt_fragment_address<TileQ>(q_tile + first_byte));
 
       if (kStages == 1 && step + 1 < steps) {
         sync_block();  // the rows have been used by all: the next ones may take their place
@@ -147,23 +141,37 @@ struct BackwardKeysKernel {
     }
 
     // By way of the warp's own rows of k's and v's tiles, which only this warp has read.
-    const int keys = static_cast<int>(a.Lk) - j0;
+    const Coordinates at = coordinates(p);
     if constexpr (kWantsDk) {
-      write(dk, p.constants.scale, k_tile, p.grad.dk, p.grad.dk_stride, p.is_aligned_dk, b, hkv, j0, keys,
-            static_cast<int>(a.D), warp, lane);
+      write(dk, p, at, p.constants.scale, k_tile, p.grad.dk, p.grad.dk_stride, p.is_aligned_dk, static_cast<int>(a.D));
     }
     if constexpr (kWantsDv) {
       const float factor = kModified ? p.constants.keep_scale : 1.0f;
-      write(dv, factor, kWantsDk ? v_tile : k_tile, p.grad.dv, p.grad.dv_stride, p.is_aligned_dv, b, hkv, j0, keys,
-            static_cast<int>(a.Dv), warp, lane);
+      write(dv, p, at, factor, kWantsDk ? v_tile : k_tile, p.grad.dv, p.grad.dv_stride, p.is_aligned_dv,
+            static_cast<int>(a.Dv));
     }
   }
 
-  FASTATTN_DEVICE RowStatistics load_statistics(SharedAddress stats, int row) {
+  // Where a CTA works. Computed again at the end: kept from the start, it would take registers all the way.
+  struct Coordinates {
+    int b, hkv, j0, column;
+  };
+  FASTATTN_DEVICE Coordinates coordinates(const Params& p) {
+    const int Hkv = static_cast<int>(p.grad.forward.Hkv);
+    const int cta = static_cast<int>(opaque(static_cast<uint32_t>(block_index())));
+    const int block = cta / kParts, bh = block / p.key_blocks;
+    return {bh / Hkv, bh % Hkv, block % p.key_blocks * kBlockN, cta % kParts * kColumns};
+  }
+
+  FASTATTN_DEVICE int warp_row() { return warp_index() * 16 * kM; }  // of the tile's keys, the first of this warp's
+
+  FASTATTN_DEVICE RowStatistics load_shared_statistics(SharedAddress stats, int row) {
     return RowStatistics::from(load_shared_f32x4(stats + static_cast<SharedAddress>(row * 16)));
   }
 
-  FASTATTN_DEVICE void hide(float (&s)[kM][kN][4], const MaskGeometry& geometry, int i0, int first_key, int lane) {
+  FASTATTN_DEVICE void hide(float (&s)[kM][kN][4], const Params& p, int b, int i0, int first_key) {
+    const MaskGeometry geometry = geometry_again(p.grad.forward, b);
+    const int lane = lane_index();
 #pragma unroll
     for (int tile = 0; tile < kN; ++tile) {
 #pragma unroll
@@ -182,10 +190,10 @@ struct BackwardKeysKernel {
   }
 
   FASTATTN_DEVICE void differentiate(float (&s)[kM][kN][4], float (&dp)[kM][kN][4], const Params& p,
-                                     SharedAddress stats, int b, int h, int i0, int first_key, int lane) {
+                                     SharedAddress stats, int b, int h, int i0, int first_key) {
+    const int lane = lane_index();
     const AttentionParams& a = p.grad.forward;
-    // Computed anew for each tile: registers are what these kernels are short of.
-    const MaskGeometry geometry = mask_geometry(a, opaque(static_cast<uint32_t>(b)));
+    const MaskGeometry geometry = geometry_again(a, b);
     const DropoutSeed seed = dropout_seed(a);
 #pragma unroll
     for (int tile = 0; tile < kN; ++tile) {
@@ -200,7 +208,7 @@ struct BackwardKeysKernel {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int column = 8 * tile + 2 * (lane & 3) + e, i = i0 + column;
-        const RowStatistics row = load_statistics(stats, column);
+        const RowStatistics row = load_shared_statistics(stats, column);
         const RowInterval seen = row_interval(geometry, i);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -219,9 +227,9 @@ struct BackwardKeysKernel {
     }
   }
 
-  FASTATTN_DEVICE void write(float (&acc)[kM][kD][4], float factor, SharedAddress staging, void* tensor,
-                             const int64_t (&stride)[3], bool is_aligned, int b, int hkv, int j0, int keys, int dim,
-                             int warp, int lane) {
+  FASTATTN_DEVICE void write(float (&acc)[kM][kD][4], const Params& p, const Coordinates& at, float factor,
+                             SharedAddress staging, void* tensor, const int64_t (&stride)[3], bool is_aligned,
+                             int dim) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -230,12 +238,15 @@ struct BackwardKeysKernel {
         for (int e = 0; e < 4; ++e) acc[m][tile][e] *= factor;
       }
     }
-    char* const out = static_cast<char*>(tensor) + (b * stride[0] + hkv * stride[1] + j0 * stride[2]) * kBytes;
+    char* const out = static_cast<char*>(tensor) +
+                      (at.b * stride[0] + at.hkv * stride[1] + at.j0 * stride[2] + at.column) * kBytes;
+    const int keys = static_cast<int>(p.grad.forward.Lk) - at.j0;
     sync_warp();
-    store_accumulators<TileKV>(acc, staging, warp * 16 * kM, lane);
+    store_accumulators<TileKV>(acc, staging, warp_row());
     sync_warp();
-    store_tile<TileKV, 16 * kM, 32>(
-        staging, lane, [&](int row) { return out + row * stride[2] * kBytes; }, warp * 16 * kM, keys, dim, is_aligned);
+    const auto out_row = [&](int row) { return out + row * stride[2] * kBytes; };
+    const int columns = dim - at.column < kColumns ? dim - at.column : kColumns;
+    store_rows<TileKV, 16 * kM>(staging, out_row, warp_row(), keys, columns, is_aligned);
   }
 };
 

@@ -38,8 +38,11 @@ struct RowStatisticsKernel {
     for (int distance = 1; distance < 32; distance *= 2) delta += shuffle_xor(delta, distance);
     if (lane != 0) return;
     if (!is_empty && p.grad.d_lse) delta -= static_cast<const float*>(p.grad.d_lse)[row];
-    p.row_stats[row] = {{is_empty ? 0.0f : p.is_plain ? m * kLog2E : m, is_empty ? 0.0f : 1.0f / l, delta,
-                         is_empty || is_saturated ? 0.0f : p.constants.keep_scale}};
+    F32x4 stats = {{0.0f, 0.0f, 0.0f, 0.0f}};
+    if (!is_empty) {
+      stats = {{p.is_plain ? (m + logf(l)) * kLog2E : m, 1.0f / l, delta, is_saturated ? 0.0f : p.constants.keep_scale}};
+    }
+    p.row_stats[row] = stats;
   }
 };
 

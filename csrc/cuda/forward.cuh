@@ -62,16 +62,17 @@ struct ForwardKernel {
 
   // Element e of the accumulator tile i of a warp belongs to row n = 2 i + e / 2 of the lane.
   struct Rows {
-    int first;  // row 0 of the lane, among all rows of the (batch, head)
+    int r0;  // the tile's first row
     float m[kRows], l[kRows];
 
-    FASTATTN_ALWAYS_INLINE int r(int n) const { return first + 16 * (n / 2) + 8 * (n % 2); }
+    // Row n of the lane, among all rows of the (batch, head).
+    FASTATTN_ALWAYS_INLINE int r(int n) const {
+      return r0 + warp_row() + (lane_index() >> 2) + 16 * (n / 2) + 8 * (n % 2);
+    }
   };
 
   FASTATTN_DEVICE void run(const Params& p) {
     const AttentionParams& a = p.attention;
-    const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
-
     // Tiles of one (batch, head) are neighbours, so that its keys stay in L2; those with the most keys start first.
     int64_t block = block_index();
     const int row_block = p.row_blocks - 1 - static_cast<int>(block % p.row_blocks);
@@ -80,10 +81,12 @@ struct ForwardKernel {
     block /= p.splits;
     const int heads = static_cast<int>(a.Hq) / p.packed_heads;
     const int b = static_cast<int>(block / heads);
-    const QueryRows rows = {static_cast<int>(block % heads) * p.packed_heads, p.packed_heads};
+    // Heads are packed where rows are few, which the plain kernels do not serve.
+    const int packed_heads = kModified ? p.packed_heads : 1;
+    const QueryRows rows = {static_cast<int>(block % heads) * packed_heads, packed_heads};
     const int hkv = rows.first_head / static_cast<int>(a.Hq / a.Hkv);
 
-    const int all_rows = static_cast<int>(a.Lq) * p.packed_heads;
+    const int all_rows = static_cast<int>(a.Lq) * packed_heads;
     const int r0 = row_block * kBlockM;
     const int block_rows = all_rows - r0 < kBlockM ? all_rows - r0 : kBlockM;
     const MaskGeometry geometry = mask_geometry(a, b);
@@ -99,21 +102,19 @@ struct ForwardKernel {
     const int key_count = static_cast<int>(geometry.Lk);
     const auto load_k = [&](int n) {
       const auto k_rows = RowPointer<kBytes>::make(a.k, a.k_stride, b, opaque(hkv));
-      load_tile<TileKV, kThreads>(
-          k_tile, [&](int row) { return k_rows.at(n * kBlockN + row); }, key_count - n * kBlockN,
-          static_cast<int>(a.D), p.is_aligned_k);
+      load_tile<TileKV, kThreads>(k_tile, k_rows.at(n * kBlockN), k_rows.row_bytes, key_count - n * kBlockN,
+                                  static_cast<int>(a.D), p.is_aligned_k);
       cp_async_commit();
     };
     const auto load_v = [&](int n) {
       const auto v_rows = RowPointer<kBytes>::make(a.v, a.v_stride, b, opaque(hkv));
-      load_tile<TileKV, kThreads>(
-          v_tile, [&](int row) { return v_rows.at(n * kBlockN + row); }, key_count - n * kBlockN,
-          static_cast<int>(a.Dv), p.is_aligned_v);
+      load_tile<TileKV, kThreads>(v_tile, v_rows.at(n * kBlockN), v_rows.row_bytes, key_count - n * kBlockN,
+                                  static_cast<int>(a.Dv), p.is_aligned_v);
       cp_async_commit();
     };
 
     Rows state;
-    state.first = r0 + warp * 16 * kM + (lane >> 2);
+    state.r0 = r0;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       state.m[n] = -kInfinity;
@@ -127,12 +128,9 @@ struct ForwardKernel {
         const auto head = RowPointer<kBytes>::make(a.q, a.q_stride, b, rows.head(r0 + row));
         return head.at(rows.query(r0 + row));
       };
-      load_tile<TileQ, kThreads>(q_tile, q_row, block_rows, static_cast<int>(a.D), p.is_aligned_q);
+      load_scattered_tile<TileQ, kThreads>(q_tile, q_row, block_rows, static_cast<int>(a.D), p.is_aligned_q);
       load_k(n_end - 1);
     }
-    const SharedAddress q_fragment = a_fragment_address<TileQ>(q_tile, lane) + warp * 16 * kM * TileQ::kRowBytes;
-    const SharedAddress k_fragment = b_fragment_address<TileKV>(k_tile, lane);
-    const SharedAddress v_fragment = bt_fragment_address<TileKV>(v_tile, lane);
 
     for (int n = n_end - 1; n >= n_begin; --n) {
       cp_async_wait<0>();
@@ -141,37 +139,40 @@ struct ForwardKernel {
 
       float s[kM][kN][4];
       set_zero(s);
-      gemm_nt<TileQ, TileKV>(s, q_fragment, k_fragment);
+      gemm_nt<TileQ, TileKV>(s, a_fragment_address<TileQ>(q_tile, warp_row()), b_fragment_address<TileKV>(k_tile));
       const int j0 = n * kBlockN;
       const bool is_full = j0 >= full_begin && j0 + kBlockN <= full_end;
       if constexpr (kModified) {
-        modify(s, p, rows, state, geometry, b, j0, lane);
+        modify(s, p, rows, state, b, j0);
       } else if (!is_full) {
-        hide(s, rows, state, geometry, j0, lane);
+        hide(s, p, rows, state, b, j0);
+      }
+      // Before the barrier, and so in another block of code than the product: ptxas then has the sums done before it
+      // starts on that, and does not keep every weight both as it is and rounded.
+      update_softmax(s, o, state, p.constants);
+      if constexpr (kModified) {
+        if (p.constants.has_dropout) drop(s, p, rows, state, b, j0);
       }
 
       cp_async_wait<0>();
       sync_block();  // v has arrived; k has been used by all
       if (n > n_begin) load_k(n - 1);
-
-      update_softmax(s, o, state, p.constants);
-      if constexpr (kModified) {
-        if (p.constants.has_dropout) drop(s, p, rows, state, b, j0);
-      }
-      gemm_rn<TileKV>(o, s, v_fragment);
+      gemm_rn<TileKV>(o, s, bt_fragment_address<TileKV>(v_tile));
     }
 
     finish_sums(state, p.constants);
     if (p.splits > 1) {
-      write_partial(o, state, p, rows, b, split, all_rows, lane);
+      write_partial(o, state, p, rows, b, split, all_rows);
     } else {
-      write_results(o, state, p, rows, b, r0, block_rows, q_tile, warp, lane);
+      write_results(o, state, p, rows, b, r0, block_rows, q_tile);
     }
   }
 
+  FASTATTN_DEVICE int warp_row() { return warp_index() * 16 * kM; }  // of the tile's rows, the first of this warp's
+
   // Scores of keys outside of the rows' intervals become -inf.
-  FASTATTN_DEVICE void hide(float (&s)[kM][kN][4], QueryRows rows, const Rows& state, const MaskGeometry& geometry,
-                            int j0, int lane) {
+  FASTATTN_DEVICE void hide(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state, int b, int j0) {
+    const MaskGeometry geometry = geometry_again(p.attention, b);
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       const RowInterval seen = row_interval(geometry, rows.query(state.r(n)));
@@ -179,7 +180,7 @@ struct ForwardKernel {
       for (int tile = 0; tile < kN; ++tile) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int j = j0 + 8 * tile + 2 * (lane & 3) + e;
+          const int j = j0 + 8 * tile + 2 * (lane_index() & 3) + e;
           float& x = s[n / 2][tile][2 * (n % 2) + e];
           if (j < seen.lo || j >= seen.hi) x = -kInfinity;
         }
@@ -188,8 +189,9 @@ struct ForwardKernel {
   }
 
   // Raw products become scores.
-  FASTATTN_DEVICE void modify(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state,
-                              const MaskGeometry& geometry, int b, int j0, int lane) {
+  FASTATTN_DEVICE void modify(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state, int b,
+                              int j0) {
+    const MaskGeometry geometry = geometry_again(p.attention, b);
     const int last_row = static_cast<int>(p.attention.Lq) * rows.heads - 1;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
@@ -200,7 +202,7 @@ struct ForwardKernel {
       for (int tile = 0; tile < kN; ++tile) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int j = j0 + 8 * tile + 2 * (lane & 3) + e;
+          const int j = j0 + 8 * tile + 2 * (lane_index() & 3) + e;
           float& x = s[n / 2][tile][2 * (n % 2) + e];
           x = j < seen.lo || j >= seen.hi
                   ? -kInfinity
@@ -246,6 +248,7 @@ struct ForwardKernel {
       }
     }
   }
+
   FASTATTN_DEVICE void drop(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state, int b, int j0) {
     const DropoutSeed seed = dropout_seed(p.attention);
     const int64_t first_bh = b * p.attention.Hq;
@@ -276,14 +279,14 @@ struct ForwardKernel {
   }
 
   FASTATTN_DEVICE void write_partial(const float (&o)[kM][kD][4], const Rows& state, const Params& p, QueryRows rows,
-                                     int b, int split, int all_rows, int lane) {
+                                     int b, int split, int all_rows) {
     const AttentionParams& a = p.attention;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       const int r = state.r(n);
       if (r >= all_rows) continue;
       const int64_t at = ((static_cast<int64_t>(split) * a.B + b) * a.Hq + rows.head(r)) * a.Lq + rows.query(r);
-      if ((lane & 3) == 0) {
+      if ((lane_index() & 3) == 0) {
         p.partial_m[at] = state.m[n];
         p.partial_l[at] = state.l[n];
       }
@@ -292,7 +295,7 @@ struct ForwardKernel {
       for (int tile = 0; tile < kD; ++tile) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int d = 8 * tile + 2 * (lane & 3) + e;
+          const int d = 8 * tile + 2 * (lane_index() & 3) + e;
           if (d < a.Dv) out[d] = o[n / 2][tile][2 * (n % 2) + e];
         }
       }
@@ -300,7 +303,7 @@ struct ForwardKernel {
   }
 
   FASTATTN_DEVICE void write_results(float (&o)[kM][kD][4], const Rows& state, const Params& p, QueryRows rows, int b,
-                                     int r0, int block_rows, SharedAddress q_tile, int warp, int lane) {
+                                     int r0, int block_rows, SharedAddress q_tile) {
     const AttentionParams& a = p.attention;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
@@ -312,23 +315,20 @@ struct ForwardKernel {
         o[n / 2][tile][2 * (n % 2)] *= factor;
         o[n / 2][tile][2 * (n % 2) + 1] *= factor;
       }
-      if (state.r(n) < r0 + block_rows && (lane & 3) == 0) {
+      if (state.r(n) < r0 + block_rows && (lane_index() & 3) == 0) {
         write_statistics(a, row, (static_cast<int64_t>(b) * a.Hq + rows.head(r)) * a.Lq + rows.query(r));
       }
     }
     // By way of the warp's own rows of q's tile: whole 16-byte pieces of rows leave it. Only this warp has read them, by
     // ldmatrix, which is done for all lanes at once: nothing to wait for.
-    const SharedAddress staging = q_tile;
-    store_accumulators<TileQ>(o, staging, warp * 16 * kM, lane);
+    store_accumulators<TileQ>(o, q_tile, warp_row());
     sync_warp();
     char* const out = static_cast<char*>(a.o);
-    store_tile<TileQ, 16 * kM, 32>(
-        staging, lane,
-        [&](int row) {
-          const int64_t offset = b * a.o_stride[0] + rows.head(r0 + row) * a.o_stride[1] + rows.query(r0 + row) * a.o_stride[2];
-          return out + offset * kBytes;
-        },
-        warp * 16 * kM, block_rows, static_cast<int>(a.Dv), p.is_aligned_o);
+    const auto o_row = [&](int row) {
+      const int64_t i = rows.query(r0 + row), h = rows.head(r0 + row);
+      return out + (b * a.o_stride[0] + h * a.o_stride[1] + i * a.o_stride[2]) * kBytes;
+    };
+    store_rows<TileQ, 16 * kM>(q_tile, o_row, warp_row(), block_rows, static_cast<int>(a.Dv), p.is_aligned_o);
   }
 };
 

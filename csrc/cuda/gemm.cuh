@@ -83,7 +83,7 @@ FASTATTN_DEVICE void gemm_nt(float (&acc)[kM][kN][4], SharedAddress a, SharedAdd
   constexpr int kSteps = TileA::kRowBytes / 32;
   a = opaque(a), b = opaque(b);
   // Long rows not in full: ptxas then fetches so far ahead that registers run out.
-  [[maybe_unused]] constexpr int kUnroll = kSteps <= 4 ? kSteps : 2;
+  [[maybe_unused]] constexpr int kUnroll = kSteps <= 4 ? kSteps : kSteps <= 8 ? 2 : 1;
 #pragma unroll kUnroll
   for (int step = 0; step < kSteps; ++step) {
     uint32_t a_bits[kM][4];
@@ -130,9 +130,9 @@ FASTATTN_DEVICE void gemm_rn(float (&acc)[kM][kN][4], const float (&p)[kM][kK][4
   if constexpr (TileB::kType == DType::kFloat32) {
 SplitOperand<4> a[kM][kK];
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
+    for (int step = 0; step < kK; ++step) {
 #pragma unroll
-      for (int step = 0; step < kK; ++step) {
+      for (int i = 0; i < kM; ++i) {
         const float(&x)[4] = p[i][step];
         const uint32_t bits[4] = {float_bits(x[0]), float_bits(x[2]), float_bits(x[1]), float_bits(x[3])};
         SplitOperand<4>::split(bits, &a[i][step]);
@@ -191,8 +191,9 @@ SplitOperand<4> a[kM][kK];
 
 // Rounds the accumulators of a warp's rows, `row0` on, to the tile's type and puts them into the tile.
 template <class Tile, int kM, int kN>
-FASTATTN_DEVICE void store_accumulators(const float (&acc)[kM][kN][4], SharedAddress base, int row0, int lane) {
+FASTATTN_DEVICE void store_accumulators(const float (&acc)[kM][kN][4], SharedAddress base, int row0) {
   static_assert(8 * kN <= Tile::kDim);
+  const int lane = lane_index();
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll

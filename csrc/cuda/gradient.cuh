@@ -23,10 +23,11 @@ struct BackwardParams {
   bool is_aligned_dq = false, is_aligned_dk = false, is_aligned_dv = false;
 };
 
-// Of a query row, as 16 bytes. Rows that see nothing, and rows beyond the last, are all zero: they weigh nothing.
+// Of a query row, as 16 bytes. Rows that see nothing, and rows beyond the last, are all zero: they weigh nothing, or what
+// they weigh is multiplied by a dO and a q of zeros.
 struct RowStatistics {
-  float m;          // row maximum; in the plain kernels times log2(e)
-  float inverse_l;  // 1 / row sum
+  float m;          // row maximum; for the plain kernels lse * log2(e), which leaves them one subtraction in the exponent
+  float inverse_l;  // 1 / row sum; the plain kernels have no use for it
   float delta;
   float gain;  // factor of dP: z of a key that is kept. 0 where one key has all the weight: dP - delta is then 0 but for
                // the rounding of o, which would leave a gradient where there is none, as for every row when Lk = 1
@@ -34,13 +35,19 @@ struct RowStatistics {
   FASTATTN_DEVICE RowStatistics from(F32x4 v) { return {v.x[0], v.x[1], v.x[2], v.x[3]}; }
 };
 
+// Of row i among the rows of one (batch, head); beyond the last, what weighs nothing.
+FASTATTN_DEVICE RowStatistics load_statistics(const F32x4* all_stats, int64_t i, int64_t Lq) {
+  if (i >= Lq) return {0.0f, 0.0f, 0.0f, 0.0f};
+  return RowStatistics::from(all_stats[i]);
+}
+
 FASTATTN_DEVICE float weight_gradient(float weight, float dp, const RowStatistics& row) {
   return weight * (dp * row.gain - row.delta);
 }
 
 // Without modifiers: the raw product x becomes the weight, dp the gradient of the score. x = -inf for hidden keys.
 FASTATTN_DEVICE void differentiate_plain(float& x, float& dp, const RowStatistics& row, const ScoreConstants& c) {
-  x = exp2_approx(x * c.scale_log2 - row.m) * row.inverse_l;
+  x = exp2_approx(x * c.scale_log2 - row.m);
   dp = weight_gradient(x, dp, row);
 }
 

@@ -33,9 +33,9 @@ struct ForwardTiles {
 // that every device has.
 constexpr ForwardTiles forward_tiles(DType type, int dim, ForwardVariant variant) {
   if (type == DType::kFloat32) return {64, dim <= 64 ? 64 : dim <= 128 ? 32 : 16, 4};
-  if (variant == ForwardVariant::kFewRows) return {16, 64, 1};
+  if (variant == ForwardVariant::kFewRows) return {16, dim % 64 == 0 && dim != 192 ? 64 : 32, 1};
   if (variant == ForwardVariant::kModified || dim > 128) return {64, 64, 4};
-  return {128, dim <= 64 ? 128 : 64, 4};
+  return {128, 64, 4};
 }
 
 constexpr int forward_shared_bytes(DType type, int dim, ForwardTiles tiles) {
@@ -134,8 +134,12 @@ constexpr BackwardTiles backward_tiles(DType type, int dim) {
                       : BackwardTiles{64, 32, 4, 1};
 }
 
+// The parts into which the columns of dq, dk and dv are cut, each for a CTA of its own: in float32, whose operands are held
+// in two parts, 256 columns and what it takes to compute them do not fit into registers.
+constexpr int gradient_parts(DType type, int dim) { return type == DType::kFloat32 && dim == 256 ? 2 : 1; }
+
 // dk and dv are accumulated in one kernel where both fit into registers, else in one kernel each.
-constexpr bool splits_dk_dv(int dim) { return dim > 128; }
+constexpr bool splits_dk_dv(DType type, int dim) { return dim > (type == DType::kFloat32 ? 96 : 128); }
 
 struct BackwardPlan {
   int dim = 0;
@@ -157,8 +161,9 @@ inline BackwardPlan plan_backward(const AttentionGradParams& g, bool has_modifie
   const BackwardTiles tiles = backward_tiles(p.dtype, plan.dim);
   plan.key_blocks = static_cast<int>(divide_up(p.Lk, tiles.resident));
   plan.row_blocks = static_cast<int>(divide_up(p.Lq, tiles.resident));
-  plan.key_ctas = plan.key_blocks * p.Hkv * p.B;
-  plan.query_ctas = plan.row_blocks * p.Hq * p.B;
+  const int parts = gradient_parts(p.dtype, plan.dim);
+  plan.key_ctas = plan.key_blocks * p.Hkv * p.B * parts;
+  plan.query_ctas = plan.row_blocks * p.Hq * p.B * parts;
   if (g.d_bias) {
     const int64_t sizes[4] = {p.B, p.Hq, p.Lq, p.Lk};
     const int64_t extents[4] = {p.B, p.Hq, plan.row_blocks, divide_up(p.Lk, tiles.streamed)};

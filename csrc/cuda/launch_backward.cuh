@@ -11,7 +11,7 @@ namespace fastattn::cuda {
 
 template <DType kType, class Launcher, int kDim, bool kModified>
 void launch_gradients(Launcher& launcher, const BackwardPlan& plan, const BackwardParams& p) {
-  if constexpr (splits_dk_dv(kDim)) {
+  if constexpr (splits_dk_dv(kType, kDim)) {
     launcher.template launch<BackwardKeysKernel<kType, kDim, kModified, true, false>>(plan.key_ctas, p);
     launcher.template launch<BackwardKeysKernel<kType, kDim, kModified, false, true>>(plan.key_ctas, p);
   } else {

@@ -69,6 +69,11 @@ FASTATTN_DEVICE RowInterval row_interval(const MaskGeometry& g, int i) {
   return {static_cast<int>(lo(g, i)), static_cast<int>(hi(g, i))};
 }
 
+// The geometry of sequence b, computed anew for each tile that needs it: in the kernels' loops registers are scarce.
+FASTATTN_DEVICE MaskGeometry geometry_again(const AttentionParams& p, int b) {
+  return mask_geometry(p, opaque(static_cast<uint32_t>(b)));
+}
+
 // scale and softcap, with the softcap's derivative.
 struct CappedScore {
   float value, derivative;

@@ -43,23 +43,30 @@ struct Tile {
   }
 };
 
+// Computed anew wherever they are used: the kernels are short of registers, not of the instruction that this takes.
+FASTATTN_DEVICE int lane_index() { return static_cast<int>(opaque(static_cast<uint32_t>(thread_index())) & 31u); }
+FASTATTN_DEVICE int warp_index() { return static_cast<int>(opaque(static_cast<uint32_t>(thread_index())) >> 5); }
+
 // What a lane hands to ldmatrix.x4 so that the four matrices it gets are operand fragments of mma. All count from
 // (row 0, column 0) of the tile; whole multiples of 8 rows are added to the address, chunks by Tile::at().
 //
-// A operand, 16 rows x 32 bytes: matrices (rows 0-7, chunk 0), (rows 8-15, chunk 0), (0-7, 1), (8-15, 1).
+// A operand, from row `first_row` on, 16 rows x 32 bytes: matrices (rows 0-7, chunk 0), (rows 8-15, chunk 0), (0-7, 1), (8-15, 1).
 template <class Tile>
-FASTATTN_DEVICE SharedAddress a_fragment_address(SharedAddress base, int lane) {
-  return Tile::address(base, lane & 15, lane >> 4);
+FASTATTN_DEVICE SharedAddress a_fragment_address(SharedAddress base, int first_row) {
+  const int lane = lane_index();
+  return Tile::address(base, lane & 15, lane >> 4) + static_cast<SharedAddress>(first_row * Tile::kRowBytes);
 }
 // B operand held as [n][k], two n-tiles of 8 rows x 32 bytes: (rows 0-7, chunk 0), (0-7, 1), (8-15, 0), (8-15, 1).
 template <class Tile>
-FASTATTN_DEVICE SharedAddress b_fragment_address(SharedAddress base, int lane) {
+FASTATTN_DEVICE SharedAddress b_fragment_address(SharedAddress base) {
+  const int lane = lane_index();
   return Tile::address(base, (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
 // B operand held as [k][n], for ldmatrix.trans of 16-bit elements: 16 rows of k x two n-tiles of one chunk each.
 // As four-byte elements, which ldmatrix cannot transpose, single words: rows 2t and 2t + 1, column g (see gemm.cuh).
 template <class Tile>
-FASTATTN_DEVICE SharedAddress bt_fragment_address(SharedAddress base, int lane) {
+FASTATTN_DEVICE SharedAddress bt_fragment_address(SharedAddress base) {
+  const int lane = lane_index();
   if constexpr (Tile::kType == DType::kFloat32) {
     return Tile::address(base, 2 * (lane & 3), lane >> 4) + static_cast<SharedAddress>(((lane >> 2) & 3) * 4);
   } else {
@@ -71,51 +78,92 @@ FASTATTN_DEVICE uint32_t load_element_bits(const void* row, int at, int bytes) {
   return bytes == 4 ? static_cast<const uint32_t*>(row)[at] : static_cast<const uint16_t*>(row)[at];
 }
 
-// Copies rows from global memory into a tile, by all threads of the CTA. row_pointer(r) is where row r starts; rows from
-// `rows` on and columns from `dim` on become zero without being read: 0 times the NaN of a neighbour would be NaN.
+// Sixteen bytes of a row, element by element: `count` of them at most, zeros behind.
+template <class Tile>
+FASTATTN_DEVICE U32x4 gather_chunk(const char* src, int count) {
+  constexpr int kSize = kElementBytes<Tile::kType>;
+  U32x4 packed = {{0, 0, 0, 0}};
+#pragma unroll
+  for (int e = 0; e < Tile::kElementsPerChunk; ++e) {
+    if (e < count) packed.x[e * kSize / 4] |= load_element_bits(src, e, kSize) << (e * kSize % 4 * 8);
+  }
+  return packed;
+}
+
+// Copies rows from global memory into a tile, by all threads of the CTA: `rows` of them, `dim` columns of each. What the
+// tile has beyond becomes zero without being read: 0 times the NaN of a neighbour would be NaN.
 // is_aligned: all rows start at multiples of 16 bytes. Then the copy is asynchronous (commit and wait for it), else done
 // through registers: by the next sync_block() either way.
-template <class Tile, int kThreads, class RowPointer>
-FASTATTN_DEVICE void load_tile(SharedAddress base, RowPointer row_pointer, int rows, int dim, bool is_aligned) {
+template <class Tile, int kThreads>
+FASTATTN_DEVICE void load_tile(SharedAddress base, const char* first_row, int64_t row_bytes, int rows, int dim,
+                               bool is_aligned) {
+  constexpr int kSize = kElementBytes<Tile::kType>;
   constexpr int kWork = Tile::kRows * Tile::kChunks;
   constexpr int kPasses = (kWork + kThreads - 1) / kThreads;
-  constexpr int kSize = kElementBytes<Tile::kType>;
   const int thread = static_cast<int>(opaque(static_cast<uint32_t>(thread_index())));
-  if (is_aligned) {
-#pragma unroll
+  if (is_aligned && kThreads % Tile::kChunks == 0) {
+    // The same chunk of every kRowsPerPass-th row: two additions for each further copy.
+    constexpr int kRowsPerPass = kThreads / Tile::kChunks;
+    const int first = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+    const int left = dim * kSize - chunk * 16;
+    const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
+    const char* src = first_row + first * row_bytes + chunk * 16;
+    [[maybe_unused]] constexpr int kUnroll = kPasses <= 8 ? kPasses : 4;
+#pragma unroll kUnroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = first + pass * kRowsPerPass;
+      if (kWork % kThreads != 0 && row >= Tile::kRows) break;
+      // With no byte to copy, the address is not looked at.
+      cp_async_16(Tile::chunk_address(base, row, chunk), src, row < rows ? bytes : 0);
+      src += kRowsPerPass * row_bytes;
+    }
+  } else if (is_aligned) {
+#pragma unroll 4
     for (int pass = 0; pass < kPasses; ++pass) {
       const int work = pass * kThreads + thread;
       if (kWork % kThreads != 0 && work >= kWork) break;
       const int row = work / Tile::kChunks, chunk = work % Tile::kChunks;
       const int left = dim * kSize - chunk * 16;
-      const int bytes = row < rows && left > 0 ? (left < 16 ? left : 16) : 0;
-      const char* src = static_cast<const char*>(row_pointer(bytes > 0 ? row : 0)) + (bytes > 0 ? chunk * 16 : 0);
-      cp_async_16(Tile::chunk_address(base, row, chunk), src, bytes);
+      const int bytes = row >= rows || left < 0 ? 0 : left < 16 ? left : 16;
+      cp_async_16(Tile::chunk_address(base, row, chunk), first_row + row * row_bytes + chunk * 16, bytes);
     }
   } else {
+#pragma unroll 1
     for (int work = thread; work < kWork; work += kThreads) {
       const int row = work / Tile::kChunks, chunk = work % Tile::kChunks;
-      U32x4 packed = {{0, 0, 0, 0}};
-      if (row < rows) {
-        const void* src = row_pointer(row);
-        const int first = chunk * Tile::kElementsPerChunk;
-#pragma unroll
-        for (int e = 0; e < Tile::kElementsPerChunk; ++e) {
-          if (first + e < dim) packed.x[e * kSize / 4] |= load_element_bits(src, first + e, kSize) << (e * kSize % 4 * 8);
-        }
-      }
-      store_shared_u32x4(Tile::chunk_address(base, row, chunk), packed);
+      const int count = row < rows ? dim - chunk * Tile::kElementsPerChunk : 0;
+      store_shared_u32x4(Tile::chunk_address(base, row, chunk),
+                         gather_chunk<Tile>(first_row + row * row_bytes + chunk * 16, count));
     }
   }
 }
 
-// Copies `rows` rows of a tile, `dim` columns of each, to global memory, by `threads` threads that count from `thread`.
-// Rows [first_row, first_row + kRows) of the tile.
-template <class Tile, int kRows, int kThreads, class RowPointer>
-FASTATTN_DEVICE void store_tile(SharedAddress base, int thread, RowPointer row_pointer, int first_row, int rows, int dim,
+// The same for rows that lie anywhere: row_pointer(r) is where row r starts.
+template <class Tile, int kThreads, class RowPointer>
+FASTATTN_DEVICE void load_scattered_tile(SharedAddress base, RowPointer row_pointer, int rows, int dim,
+                                         bool is_aligned) {
+  constexpr int kSize = kElementBytes<Tile::kType>;
+#pragma unroll 1
+  for (int work = thread_index(); work < Tile::kRows * Tile::kChunks; work += kThreads) {
+    const int row = work / Tile::kChunks, chunk = work % Tile::kChunks;
+    const char* src = row_pointer(row < rows ? row : 0) + chunk * 16;
+    const int count = row < rows ? dim - chunk * Tile::kElementsPerChunk : 0;
+    if (is_aligned) {
+      cp_async_16(Tile::chunk_address(base, row, chunk), src,
+                  count < 0 ? 0 : count < Tile::kElementsPerChunk ? count * kSize : 16);
+    } else {
+      store_shared_u32x4(Tile::chunk_address(base, row, chunk), gather_chunk<Tile>(src, count));
+    }
+  }
+}
+
+// Copies rows [first_row, first_row + kRows) of a tile, as far as there are `rows`, to global memory: `dim` columns of
+// each, by one warp. row_pointer(r) is where row r of the tile goes.
+template <class Tile, int kRows, class RowPointer>
+FASTATTN_DEVICE void store_rows(SharedAddress base, RowPointer row_pointer, int first_row, int rows, int dim,
                                 bool is_aligned) {
   constexpr int kSize = kElementBytes<Tile::kType>;
-  for (int work = thread; work < kRows * Tile::kChunks; work += kThreads) {
+  for (int work = lane_index(); work < kRows * Tile::kChunks; work += 32) {
     const int row = first_row + work / Tile::kChunks, chunk = work % Tile::kChunks;
     const int first = chunk * Tile::kElementsPerChunk;
     if (row >= rows || first >= dim) continue;
