@@ -463,6 +463,7 @@ CASES: list[Case] = _unique(
     + _modifiers()
     + _layouts()
     + _combinations()
+    + _many_rows()
     + _long()
 )
 
