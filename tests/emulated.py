@@ -26,7 +26,7 @@ def is_served(case: Case) -> bool:
 
 
 def array(x: Tensor) -> Any:
-    """The tensor's memory as a NumPy array, bfloat16 as uint16; rows that are not contiguous are copied, as on a GPU."""
+    """The tensor's memory as a NumPy array, bfloat16 as uint16; rows that are not contiguous are copied."""
     x = x.detach()
     if x.dim() == 4 and x.dtype.is_floating_point and x.stride(3) != 1 and x.shape[3] > 1:
         x = x.contiguous()

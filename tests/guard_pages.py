@@ -2,8 +2,9 @@
 
     python -m tests.guard_pages [isa ... | emulated]
 
-"emulated" means the CUDA kernels on the host emulator. Each input is copied so that its last byte lies right before a protected page, then so that its first byte lies right
-after one. tests/test_poison.py starts this as a process of its own, and finds the case on its last line if it dies.
+"emulated" means the CUDA kernels on the host emulator. Each input is copied so that its last byte lies right before a
+protected page, then so that its first byte lies right after one. tests/test_poison.py and tests/test_emulator.py start
+this as a process of its own, and find the case on its last line if it dies.
 """
 
 from __future__ import annotations

@@ -88,8 +88,7 @@ void dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H,
 }
 
 std::string build_info() {
-  const std::string toolkit =
-      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  const std::string toolkit = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   return "cuda: " + toolkit + "\ncuda archs: " FASTATTN_CUDA_ARCHS;
 }
 

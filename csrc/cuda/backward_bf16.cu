@@ -4,6 +4,7 @@
 
 namespace fastattn::cuda {
 
-template void launch_backward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&, const BiasGradientParams&);
+template void launch_backward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
+                                                              const BiasGradientParams&);
 
 }  // namespace fastattn::cuda

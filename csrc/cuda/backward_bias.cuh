@@ -108,8 +108,8 @@ struct BackwardBiasKernel {
   }
 
   FASTATTN_DEVICE void add_gradients(float (&sum)[kM][kN][4], float (&s)[kM][kN][4], float (&dp)[kM][kN][4],
-                                     const BackwardParams& p, const MaskGeometry& geometry, int b, int h,
-                                     int first_row, int j0) {
+                                     const BackwardParams& p, const MaskGeometry& geometry, int b, int h, int first_row,
+                                     int j0) {
     const AttentionParams& a = p.grad.forward;
     const DropoutSeed seed = dropout_seed(a);
     const int64_t bh = static_cast<int64_t>(b) * a.Hq + h;
@@ -118,11 +118,12 @@ struct BackwardBiasKernel {
       const int row[2] = {first_row + 16 * m, first_row + 16 * m + 8};
       const RowInterval seen[2] = {row_interval(geometry, row[0]), row_interval(geometry, row[1])};
       const F32x4* const all_stats = p.row_stats + bh * a.Lq;
-      const RowStatistics stats[2] = {load_statistics(all_stats, row[0], a.Lq), load_statistics(all_stats, row[1], a.Lq)};
+      const RowStatistics stats[2] = {load_statistics(all_stats, row[0], a.Lq),
+                                      load_statistics(all_stats, row[1], a.Lq)};
 #pragma unroll
       for (int tile = 0; tile < kN; ++tile) {
-        const uint32_t kept = p.constants.has_dropout ? dropout_bits(seed, p.constants.dropout_threshold, bh, bh, row[0],
-                                                                     row[1], j0 + 8 * tile)
+        const uint32_t kept = p.constants.has_dropout ? dropout_bits(seed, p.constants.dropout_threshold, bh, bh,
+                                                                     row[0], row[1], j0 + 8 * tile)
                                                       : 15u;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -181,8 +182,8 @@ struct BackwardBiasKernel {
     const int64_t i0 = tile[2] * kBlockM, j0 = tile[3] * kBlockN;
     const int rows = sums_queries ? 1 : a.Lq - i0 < kBlockM ? static_cast<int>(a.Lq - i0) : kBlockM;
     const int columns = sums_keys ? 1 : a.Lk - j0 < kBlockN ? static_cast<int>(a.Lk - j0) : kBlockN;
-    float* const out = p.sums + chunk * p.elements + tile[0] * stride[0] + tile[1] * stride[1] + i0 * stride[2] +
-                       j0 * stride[3];
+    float* const out =
+        p.sums + chunk * p.elements + tile[0] * stride[0] + tile[1] * stride[1] + i0 * stride[2] + j0 * stride[3];
     for (int n = thread_index(); n < rows * columns; n += kThreads) {
       const int row = n / columns, column = n % columns;
       out[row * stride[2] + column * stride[3]] = load_shared_f32(sum_address(row, column));

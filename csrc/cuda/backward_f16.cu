@@ -4,6 +4,7 @@
 
 namespace fastattn::cuda {
 
-template void launch_backward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&, const BiasGradientParams&);
+template void launch_backward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
+                                                             const BiasGradientParams&);
 
 }  // namespace fastattn::cuda

@@ -108,8 +108,7 @@ struct BackwardKeysKernel {
       gemm_nt<TileKV, TileQ>(s, a_fragment_address<TileKV>(k_tile, warp_row()), b_fragment_address<TileQ>(q_tile));
       set_zero(dp);
       if constexpr (kWantsDk) {
-        gemm_nt<TileKV, TileQ>(dp, a_fragment_address<TileKV>(v_tile, warp_row()),
-                               b_fragment_address<TileQ>(d_o_tile));
+        gemm_nt<TileKV, TileQ>(dp, a_fragment_address<TileKV>(v_tile, warp_row()), b_fragment_address<TileQ>(d_o_tile));
       }
 
       const int h = hkv * group + step / tiles, i0 = (m_begin + step % tiles) * kBlockM;
@@ -238,8 +237,8 @@ struct BackwardKeysKernel {
         for (int e = 0; e < 4; ++e) acc[m][tile][e] *= factor;
       }
     }
-    char* const out = static_cast<char*>(tensor) +
-                      (at.b * stride[0] + at.hkv * stride[1] + at.j0 * stride[2] + at.column) * kBytes;
+    char* const out =
+        static_cast<char*>(tensor) + (at.b * stride[0] + at.hkv * stride[1] + at.j0 * stride[2] + at.column) * kBytes;
     const int keys = static_cast<int>(p.grad.forward.Lk) - at.j0;
     sync_warp();
     store_accumulators<TileKV>(acc, staging, warp_row());

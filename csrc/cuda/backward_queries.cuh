@@ -153,21 +153,22 @@ struct BackwardQueriesKernel {
   FASTATTN_DEVICE void write(const float (&dq)[kM][kD][4], const Params& p) {
     const Coordinates at = coordinates(p);
     const int64_t(&stride)[3] = p.grad.dq_stride;
-    char* const out = static_cast<char*>(p.grad.dq) +
-                      (at.b * stride[0] + at.h * stride[1] + at.i0 * stride[2] + at.column) * kBytes;
+    char* const out =
+        static_cast<char*>(p.grad.dq) + (at.b * stride[0] + at.h * stride[1] + at.i0 * stride[2] + at.column) * kBytes;
     const SharedAddress staging = shared_base();
     sync_warp();
     store_accumulators<TileQ>(dq, staging, warp_row());
     sync_warp();
     const auto out_row = [&](int row) { return out + row * stride[2] * kBytes; };
     const int left = static_cast<int>(p.grad.forward.D) - at.column;
-    store_rows<TileQ, 16 * kM>(staging, out_row, warp_row(), at.rows, left < kColumns ? left : kColumns, p.is_aligned_dq);
+    store_rows<TileQ, 16 * kM>(staging, out_row, warp_row(), at.rows, left < kColumns ? left : kColumns,
+                               p.is_aligned_dq);
   }
 
   FASTATTN_DEVICE int warp_row() { return warp_index() * 16 * kM; }  // of the tile's rows, the first of this warp's
 
-  FASTATTN_DEVICE void differentiate(float (&s)[kM][kN][4], float (&dp)[kM][kN][4], const Params& p,
-                                     int b, int h, int first_row, int j0) {
+  FASTATTN_DEVICE void differentiate(float (&s)[kM][kN][4], float (&dp)[kM][kN][4], const Params& p, int b, int h,
+                                     int first_row, int j0) {
     const AttentionParams& a = p.grad.forward;
     const MaskGeometry geometry = geometry_again(a, b);
     const DropoutSeed seed = dropout_seed(a);
@@ -180,9 +181,9 @@ struct BackwardQueriesKernel {
       const RowStatistics stats[2] = {load_statistics(all_stats, low, a.Lq), load_statistics(all_stats, high, a.Lq)};
 #pragma unroll
       for (int tile = 0; tile < kN; ++tile) {
-        const uint32_t kept = p.constants.has_dropout ? dropout_bits(seed, p.constants.dropout_threshold, bh, bh, low,
-                                                                     high, j0 + 8 * tile)
-                                                      : 15u;
+        const uint32_t kept = p.constants.has_dropout
+                                  ? dropout_bits(seed, p.constants.dropout_threshold, bh, bh, low, high, j0 + 8 * tile)
+                                  : 15u;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int i = e < 2 ? low : high, j = j0 + 8 * tile + 2 * (lane_index() & 3) + e % 2;

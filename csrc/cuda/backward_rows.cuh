@@ -40,7 +40,8 @@ struct RowStatisticsKernel {
     if (!is_empty && p.grad.d_lse) delta -= static_cast<const float*>(p.grad.d_lse)[row];
     F32x4 stats = {{0.0f, 0.0f, 0.0f, 0.0f}};
     if (!is_empty) {
-      stats = {{p.is_plain ? (m + logf(l)) * kLog2E : m, 1.0f / l, delta, is_saturated ? 0.0f : p.constants.keep_scale}};
+      stats = {
+          {p.is_plain ? (m + logf(l)) * kLog2E : m, 1.0f / l, delta, is_saturated ? 0.0f : p.constants.keep_scale}};
     }
     p.row_stats[row] = stats;
   }

@@ -20,7 +20,8 @@ struct Arena {
   template <class T>
   T* take(int64_t count) {
     T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<size_t>(count) * sizeof(T) + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+    used +=
+        (static_cast<size_t>(count) * sizeof(T) + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
     return piece;
   }
 };

@@ -204,9 +204,8 @@ struct ForwardKernel {
         for (int e = 0; e < 2; ++e) {
           const int j = j0 + 8 * tile + 2 * (lane_index() & 3) + e;
           float& x = s[n / 2][tile][2 * (n % 2) + e];
-          x = j < seen.lo || j >= seen.hi
-                  ? -kInfinity
-                  : modified(p.attention, geometry, capped(p.constants, x).value, b, h, i, j);
+          x = j < seen.lo || j >= seen.hi ? -kInfinity
+                                          : modified(p.attention, geometry, capped(p.constants, x).value, b, h, i, j);
         }
       }
     }

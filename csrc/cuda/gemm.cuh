@@ -128,7 +128,7 @@ FASTATTN_DEVICE void gemm_rn(float (&acc)[kM][kN][4], const float (&p)[kM][kK][4
   static_assert(kK % 2 == 0 && kN % 2 == 0 && 8 * kN <= TileB::kDim && 8 * kK <= TileB::kRows);
   b = opaque(b);
   if constexpr (TileB::kType == DType::kFloat32) {
-SplitOperand<4> a[kM][kK];
+    SplitOperand<4> a[kM][kK];
 #pragma unroll
     for (int step = 0; step < kK; ++step) {
 #pragma unroll

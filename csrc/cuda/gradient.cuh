@@ -16,8 +16,8 @@ namespace fastattn::cuda {
 struct BackwardParams {
   AttentionGradParams grad;
   ScoreConstants constants;
-  bool is_plain = false;         // no modifiers, 16-bit operands: see RowStatistics::m
-  F32x4* row_stats = nullptr;    // [B, Hq, Lq] of RowStatistics
+  bool is_plain = false;       // no modifiers, 16-bit operands: see RowStatistics::m
+  F32x4* row_stats = nullptr;  // [B, Hq, Lq] of RowStatistics
   int key_blocks = 1, row_blocks = 1;
   bool is_aligned_q = false, is_aligned_k = false, is_aligned_v = false, is_aligned_d_o = false;
   bool is_aligned_dq = false, is_aligned_dk = false, is_aligned_dv = false;
@@ -26,11 +26,12 @@ struct BackwardParams {
 // Of a query row, as 16 bytes. Rows that see nothing, and rows beyond the last, are all zero: they weigh nothing, or what
 // they weigh is multiplied by a dO and a q of zeros.
 struct RowStatistics {
-  float m;          // row maximum; for the plain kernels lse * log2(e), which leaves them one subtraction in the exponent
+  float m;  // row maximum; for the plain kernels lse * log2(e), which leaves them one subtraction in the exponent
   float inverse_l;  // 1 / row sum; the plain kernels have no use for it
   float delta;
-  float gain;  // factor of dP: z of a key that is kept. 0 where one key has all the weight: dP - delta is then 0 but for
-               // the rounding of o, which would leave a gradient where there is none, as for every row when Lk = 1
+  float
+      gain;  // factor of dP: z of a key that is kept. 0 where one key has all the weight: dP - delta is then 0 but for
+             // the rounding of o, which would leave a gradient where there is none, as for every row when Lk = 1
 
   FASTATTN_DEVICE RowStatistics from(F32x4 v) { return {v.x[0], v.x[1], v.x[2], v.x[3]}; }
 };

@@ -101,14 +101,14 @@ inline ForwardPlan plan_forward(const AttentionParams& p, bool has_modifiers, co
   const int64_t group = p.Hkv > 0 ? p.Hq / p.Hkv : 1;
   plan.packed_heads = group > 1 && p.Lq * group <= kPackedRows ? static_cast<int>(group) : 1;
   const int64_t rows = p.Lq * plan.packed_heads;
-  plan.variant = p.dtype != DType::kFloat32 && rows <= 16 ? ForwardVariant::kFewRows
+  plan.variant = p.dtype != DType::kFloat32 && rows <= 16                    ? ForwardVariant::kFewRows
                  : p.dtype == DType::kFloat32 || has_modifiers || rows <= 64 ? ForwardVariant::kModified
-                                                                           : ForwardVariant::kPlain;
+                                                                             : ForwardVariant::kPlain;
   const ForwardTiles tiles = forward_tiles(p.dtype, plan.dim, plan.variant);
   plan.row_blocks = static_cast<int>(divide_up(rows, tiles.block_m));
   const int64_t blocks = plan.row_blocks * (p.Hq / plan.packed_heads) * p.B;
-  const int64_t resident = device.multiprocessors *
-                           resident_blocks(forward_shared_bytes(p.dtype, plan.dim, tiles), tiles.warps, device);
+  const int64_t resident =
+      device.multiprocessors * resident_blocks(forward_shared_bytes(p.dtype, plan.dim, tiles), tiles.warps, device);
   const int64_t block_queries = divide_up(min_i64(rows, tiles.block_m), plan.packed_heads) + 1;
   plan.splits = choose_splits(blocks, divide_up(visible_keys(p, block_queries), tiles.block_n), resident);
   plan.blocks = blocks * plan.splits;

@@ -10,8 +10,8 @@ namespace fastattn::cuda {
 template <DType kType, int kDim, ForwardVariant kVariant>
 struct ForwardKernelFor {
   static constexpr ForwardTiles kTiles = forward_tiles(kType, kDim, kVariant);
-  using Kernel = ForwardKernel<kType, kDim, kTiles.block_m, kTiles.block_n, kTiles.warps,
-                               kVariant != ForwardVariant::kPlain>;
+  using Kernel =
+      ForwardKernel<kType, kDim, kTiles.block_m, kTiles.block_n, kTiles.warps, kVariant != ForwardVariant::kPlain>;
   static_assert(Kernel::kSharedBytes == forward_shared_bytes(kType, kDim, kTiles));
 };
 

@@ -55,9 +55,9 @@ class CudaLauncher {
     if (Kernel::kSharedBytes > kSharedBytesByDefault) error = allow_shared_memory<Kernel>();
     if (error == cudaSuccess) {
       void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
-      error = cudaLaunchKernel(reinterpret_cast<const void*>(&kernel_entry<Kernel>),
-                               dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreads), arguments,
-                               Kernel::kSharedBytes, stream_);
+      error =
+          cudaLaunchKernel(reinterpret_cast<const void*>(&kernel_entry<Kernel>), dim3(static_cast<unsigned>(blocks)),
+                           dim3(Kernel::kThreads), arguments, Kernel::kSharedBytes, stream_);
     }
     if (error != cudaSuccess) fail<Kernel>(blocks, params, cudaGetErrorString(error));
   }

@@ -87,7 +87,8 @@ FASTATTN_DEVICE CappedScore capped(const ScoreConstants& c, float product) {
 
 // What follows the softcap: bias, ALiBi and the boolean mask, of query head h in batch b. Only for keys that the row's
 // interval shows: nothing is read for others, which may not exist.
-FASTATTN_DEVICE float modified(const AttentionParams& p, const MaskGeometry& g, float score, int b, int h, int i, int j) {
+FASTATTN_DEVICE float modified(const AttentionParams& p, const MaskGeometry& g, float score, int b, int h, int i,
+                               int j) {
   if (p.mask) {
     const int64_t* stride = p.mask_stride;
     if (!p.mask[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]]) return -kInfinity;

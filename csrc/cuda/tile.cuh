@@ -150,7 +150,9 @@ FASTATTN_DEVICE void load_scattered_tile(SharedAddress base, RowPointer row_poin
     const int count = row < rows ? dim - chunk * Tile::kElementsPerChunk : 0;
     if (is_aligned) {
       cp_async_16(Tile::chunk_address(base, row, chunk), src,
-                  count < 0 ? 0 : count < Tile::kElementsPerChunk ? count * kSize : 16);
+                  count < 0                         ? 0
+                  : count < Tile::kElementsPerChunk ? count * kSize
+                                                    : 16);
     } else {
       store_shared_u32x4(Tile::chunk_address(base, row, chunk), gather_chunk<Tile>(src, count));
     }

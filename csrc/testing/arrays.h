@@ -88,7 +88,7 @@ inline View float_view(const py::array& array, const char* name, size_t dimensio
 
 // [B, H, L, D] with contiguous rows; fills in the strides of the first three dimensions.
 inline View rows_view(const py::array& array, const char* name, DType dtype, std::array<int64_t, 4> size,
-               int64_t (&stride)[3]) {
+                      int64_t (&stride)[3]) {
   View view = float_view(array, name, 4);
   if (view.dtype != dtype) refuse(std::string(name) + " does not have q's dtype.");
   for (size_t dim = 0; dim < 4; ++dim) {

@@ -74,8 +74,8 @@ py::dict as_dict(const Run& run) {
   result["bank_conflicts_store"] = run.report.bank_conflicts_store;
   py::list sites;
   for (const auto& site : run.report.sites) {
-    sites.append(py::make_tuple(site.file, site.line, emulator::site_kind_name(site.kind), site.calls,
-                                site.bank_conflicts));
+    sites.append(
+        py::make_tuple(site.file, site.line, emulator::site_kind_name(site.kind), site.calls, site.bank_conflicts));
   }
   result["sites"] = sites;
   return result;
