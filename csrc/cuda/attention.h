@@ -1,6 +1,6 @@
 // The CUDA engine's interface for the binding (csrc/torch). No CUDA header is needed to include it.
 //
-// Served: float16, bfloat16 and float32, head dims up to kMaxHeadDim, lengths below kMaxLength, compute capability 8.0 and
+// Served: float16, bfloat16 and float32, head dims up to kMaxHeadDim, lengths up to kMaxLength, compute capability 8.0 and
 // up; the caller refuses the rest. Every pointer in the params is a device pointer of one device, the current one, and is
 // read when the kernels run: a function here only launches them on `stream`, never synchronises and allocates nothing.
 // All of them throw std::runtime_error: a launch that fails is reported with the kernel's name, its grid, its shared
@@ -23,8 +23,8 @@ struct DeviceProperties {
   int shared_bytes = 0;  // what a block may have at most, by opting in
 };
 
-constexpr int64_t kMaxHeadDim = 256;             // of D and Dv
-constexpr int64_t kMaxLength = (1LL << 31) - 1;  // of Lq and Lk
+constexpr int64_t kMaxHeadDim = 256;       // of D and Dv
+constexpr int64_t kMaxLength = 1LL << 30;  // of Lq and Lk: rows and keys are counted in 32 bits
 constexpr int kMinComputeCapability = 80;
 constexpr size_t kWorkspaceAlignment = 256;
 
