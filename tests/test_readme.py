@@ -59,7 +59,7 @@ def test_readme_begins_with_two_commands():
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     used = {command.split()[1] for command in commands() if command.startswith("make ")}
     assert {"bench", "test"} <= used <= targets
 
@@ -96,7 +96,7 @@ def test_documented_names_exist():
 
 
 def test_environment_variables_are_those_of_the_source():
-    python = [ROOT / "setup.py", *(ROOT / "fastattn").glob("*.py")]
+    python = [ROOT / "setup.py", ROOT / "scripts" / "cuda_build.py", *(ROOT / "fastattn").glob("*.py")]
     native = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")]
     python, native = ("".join(path.read_text(encoding="utf-8") for path in paths) for paths in (python, native))
     macros = set(re.findall(r"(?<![\w\"])FASTATTN_[A-Z_]+\b", native))  # setup.py defines some of them, by name
