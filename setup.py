@@ -7,7 +7,7 @@ every torch >= 2.10, with or without CUDA. ``csrc/sources.txt`` lists what goes 
 * ``MAX_JOBS``: compilers at once; by default as many as cores and free memory allow.
 * ``FASTATTN_CUDA``: ``0`` builds without the CUDA kernels, ``1`` with them or not at all, ``auto`` (default) with them
   where nvcc is found: on PATH, in CUDA_HOME or in /usr/local/cuda. torch need not have CUDA.
-* ``FASTATTN_CUDA_ARCHS``: the GPUs to compile for, ``80;90;120`` by default. Later ones compile the PTX of sm_80.
+* ``FASTATTN_CUDA_ARCHS``: the GPUs to compile for, ``80;90;100;120`` by default. Later ones compile the PTX of sm_80.
 * ``FASTATTN_DEBUG``: ``1`` builds with ``-O0 -g``.
 """
 

@@ -17,6 +17,8 @@ LIBRARY = Path(__file__).with_name("_C_cuda.so")
 OLDEST_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
 
+DRIVER = "libcuda.so.1"
+
 # Why the library is not in use, in words that go on from "CUDA tensors cannot be served: "; None once it is loaded.
 missing: str | None = "fastattn has not been imported"
 
@@ -49,25 +51,53 @@ def remedy() -> str:
     return "build fastattn where nvcc is, with FASTATTN_CUDA=1"
 
 
-# By device index: GPUs are asked for their compute capability once.
-_too_old: dict[int, str | None] = {}
+# By device index: GPUs are asked for their compute capability, and the driver for its version, once.
+_obstacles: dict[int, str | None] = {}
 
 
 def obstacle(index: int) -> str | None:
     """Why tensors on GPU `index` cannot be served whatever they are; None = they can."""
     if missing is not None:
         return missing
-    if index not in _too_old:
+    if index not in _obstacles:
         # Tensors without data may be on a GPU that is not there.
         there = torch.cuda.is_available() and index < torch.cuda.device_count()
-        _too_old[index] = _capability_obstacle(torch.cuda.get_device_capability(index)) if there else None
-    return _too_old[index]
+        _obstacles[index] = _gpu_obstacle(torch.cuda.get_device_capability(index)) if there else None
+    return _obstacles[index]
 
 
-def _capability_obstacle(capability: tuple[int, int]) -> str | None:
-    if capability >= OLDEST_CAPABILITY:
+def _gpu_obstacle(capability: tuple[int, int]) -> str | None:
+    if capability < OLDEST_CAPABILITY:
+        return "compute capability {}.{} is below {}.{}".format(*capability, *OLDEST_CAPABILITY)
+    driver = driver_version()
+    # A driver runs what later minor versions of its CUDA built, but nothing of a later major one.
+    if driver is not None and driver < ((toolkit := toolkit_version())[0], 0):
+        return "the NVIDIA driver is for CUDA {}.{}, and the kernels were built with CUDA {}.{}".format(*driver, *toolkit)
+    return None
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The CUDA version that the NVIDIA driver is for; None where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
         return None
-    return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def build_info() -> dict[str, str]:
+    """What the loaded library says of itself: "cuda" (the toolkit, "13.0") and "cuda archs" ("80 90 +ptx80")."""
+    text: str = torch.ops.fastattn._cuda_build_info()
+    return dict(line.split(": ", 1) for line in text.splitlines())
+
+
+def toolkit_version() -> tuple[int, int]:
+    """The version of CUDA that the loaded library was built with."""
+    major, minor = build_info()["cuda"].split(".")
+    return int(major), int(minor)
 
 
 # Runs while torch.compile traces, and leaves nothing in the trace; see the end of _sdpa.py.
@@ -75,20 +105,20 @@ obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def devices() -> list[str]:
-    """Each GPU that torch finds, in words: "cuda:0 NVIDIA H200 (sm_90)", and whether it is too old."""
+    """Each GPU that torch finds, in words: "cuda:0 NVIDIA H200 (sm_90)", and why it is not served."""
     found = []
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         text = f"cuda:{index} {torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]})"
-        too_old = _capability_obstacle(capability)
-        found.append(text if too_old is None else f"{text}, not served: {too_old}")
+        reason = obstacle(index)
+        found.append(text if reason is None else f"{text}, not served: {reason}")
     return found
 
 
 def why_no_device() -> str:
     """What keeps torch, built with CUDA, from finding a GPU."""
     try:
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL(DRIVER)
     except OSError:
-        return "there is no NVIDIA driver (libcuda.so.1)"
+        return f"there is no NVIDIA driver ({DRIVER})"
     return "torch finds no CUDA device"

@@ -105,7 +105,7 @@ def _lines(text: str) -> dict[str, str]:
 
 def _cuda_build() -> dict[str, str]:
     """The toolkit ("cuda" to the library) and the architectures ("cuda archs")."""
-    lines = _lines(torch.ops.fastattn._cuda_build_info())
+    lines = _cuda.build_info()
     return {"toolkit" if key == "cuda" else key.removeprefix("cuda "): text for key, text in lines.items()}
 
 

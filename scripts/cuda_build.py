@@ -7,7 +7,7 @@ and it takes every real architecture through a virtual one of its own, which mul
     build/cuda/<source>.o.log   what nvcc and `ptxas -v` said about one source
     build/cuda/ptxas.log        all of these, one after the other
 
-The flags are the same wherever they are needed: setup.py builds with them, and the compile gate reads them from here.
+setup.py builds with it; the compile gate (cuda_gate.py) reads the logs, and takes toolkit and architectures from here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
 LOG = BUILD / "ptxas.log"
 
-# The first nvcc that knows sm_120 and --compress-mode.
+# The first nvcc that knows sm_100 and sm_120.
 OLDEST_NVCC = (12, 8)
 ARCHS_VARIABLE = "FASTATTN_CUDA_ARCHS"
-DEFAULT_ARCHS = "80;90;120"
+DEFAULT_ARCHS = "80;90;100;120"
 # The one virtual architecture: the kernels use nothing beyond it, and its PTX runs on every later GPU.
 VIRTUAL_ARCH = 80
 
@@ -89,12 +89,20 @@ def architectures() -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def host_compiler_flags() -> list[str]:
+    """nvcc's host compiler is CXX, where that is set: the program itself, which a compiler cache may stand before."""
+    words = shlex.split(os.environ.get("CXX") or "")
+    if len(words) > 1 and Path(words[0]).name in ("ccache", "sccache"):
+        del words[0]
+    return ["-ccbin", words[0]] if words else []
+
+
 def architecture_text(archs: Sequence[int]) -> str:
-    """What cuda::build_info() says: "80 90 120 +ptx80"."""
+    """What cuda::build_info() says: "80 90 100 120 +ptx80"."""
     return " ".join([*map(str, archs), f"+ptx{VIRTUAL_ARCH}"])
 
 
-def nvcc_flags(archs: Sequence[int], optimise: Sequence[str] = ("-O3",)) -> list[str]:
+def nvcc_flags(version: tuple[int, int], archs: Sequence[int], optimise: Sequence[str] = ("-O3",)) -> list[str]:
     """Everything but the input and the output, for a .cu file of csrc/cuda."""
     virtual = f"arch=compute_{VIRTUAL_ARCH}"
     host = "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-fno-math-errno,-Wall,-Wextra,-Werror"
@@ -103,11 +111,12 @@ def nvcc_flags(archs: Sequence[int], optimise: Sequence[str] = ("-O3",)) -> list
         *optimise,
         *(flag for arch in archs for flag in ("-gencode", f"{virtual},code=sm_{arch}")),
         *("-gencode", f"{virtual},code=compute_{VIRTUAL_ARCH}"),
-        "--compress-mode=size",
+        # Drivers of CUDA 12 before 12.4 cannot unpack it; those that CUDA 13 needs all can.
+        *(["--compress-mode=size"] if version >= (13, 0) else []),
         *("-Xptxas", "-v"),
         *("-Werror", "all-warnings"),
         *("-Xcompiler", host),
-        *(["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []),
+        *host_compiler_flags(),
         f"-I{ROOT / 'csrc'}",
         f'-DFASTATTN_CUDA_ARCHS="{architecture_text(archs)}"',
     ]
@@ -141,7 +150,7 @@ def build(
         raise SystemExit("fastattn: the CUDA kernels are built by ninja, which is missing: pip install ninja.")
     objects = {source: BUILD / f"{source.removeprefix('csrc/')}.o" for source in [*engine, *binding]}
     compiler = shlex.split(os.environ.get("CXX") or "c++")
-    cuda = [toolkit.nvcc, *nvcc_flags(architectures(), optimise)]
+    cuda = [toolkit.nvcc, *nvcc_flags(toolkit.version, architectures(), optimise)]
     # $$ is ninja's dollar. What nvcc says is kept, and shown where it fails.
     keep = "> $out.log 2>&1 || { cat $out.log; exit 1; }"
     # cudart is linked in: libcudart.so has another name in every major version of CUDA.

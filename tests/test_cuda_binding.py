@@ -126,7 +126,7 @@ REFUSALS: list[tuple[str, type[Exception], tuple[str, ...], Any]] = [
     (
         "long",
         ValueError,
-        ("q has length 2147483648; the CUDA kernels take at most 2147483647", "parts"),
+        ("q has length 2147483648; the CUDA kernels take at most 1073741824", "parts"),
         lambda: [empty(1, 1, 1, 8).expand(1, 1, 2**31, 8), empty(1, 1, 4, 8), empty(1, 1, 4, 8)],
     ),
     (
@@ -238,7 +238,7 @@ def test_other_devices_have_no_kernel() -> None:
 def usable(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with the library loaded, on GPUs that are new enough."""
     monkeypatch.setattr(_cuda, "missing", None)
-    monkeypatch.setattr(_cuda, "_too_old", {0: None, 1: None})
+    monkeypatch.setattr(_cuda, "_obstacles", {0: None, 1: None})
 
 
 def calls_of(*tensors: Tensor) -> fastattn.SdpaCalls:
@@ -289,7 +289,7 @@ def test_sdpa_on_a_gpu_that_is_not_served(
     missing: str | None, too_old: dict[int, str | None], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_cuda, "missing", missing)
-    monkeypatch.setattr(_cuda, "_too_old", too_old)
+    monkeypatch.setattr(_cuda, "_obstacles", too_old)
     x = empty(2, 4, 5, 16)
     with fastattn.replaced_sdpa(), pytest.warns(UserWarning, match=re.escape(reason)):
         F.scaled_dot_product_attention(x, x, x)
@@ -328,14 +328,39 @@ def test_capability_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return ((7, 5), (8, 0), (12, 0))[index]
 
     monkeypatch.setattr(_cuda, "missing", None)
-    monkeypatch.setattr(_cuda, "_too_old", {})
+    monkeypatch.setattr(_cuda, "_obstacles", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(_cuda, "driver_version", lambda: None)
     for _ in range(2):
         found = [_cuda.obstacle(index) for index in range(4)]
         assert found == ["compute capability 7.5 is below 8.0", None, None, None]
     assert asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("driver", "toolkit", "reason"),
+    [
+        ((12, 8), (13, 0), "the NVIDIA driver is for CUDA 12.8, and the kernels were built with CUDA 13.0"),
+        ((13, 0), (13, 1), None),
+        ((13, 2), (12, 8), None),
+        (None, (13, 0), None),
+    ],
+)
+def test_a_driver_of_an_earlier_cuda_is_an_obstacle(
+    driver: tuple[int, int] | None, toolkit: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda, "missing", None)
+    monkeypatch.setattr(_cuda, "_obstacles", {})
+    monkeypatch.setattr(_cuda, "driver_version", lambda: driver)
+    monkeypatch.setattr(_cuda, "toolkit_version", lambda: toolkit)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Test")
+    assert _cuda.obstacle(0) == reason
+    assert _cuda.devices() == ["cuda:0 NVIDIA Test (sm_90)" + (f", not served: {reason}" if reason else "")]
 
 
 # --- The library -----------------------------------------------------------------------------------------------------
@@ -377,7 +402,13 @@ def cuda_build() -> ModuleType:
 
 @pytest.mark.parametrize(
     ("text", "archs"),
-    [(None, (80, 90, 120)), ("", (80, 90, 120)), ("80", (80,)), ("9.0 8.0", (80, 90)), ("120,80;90;80", (80, 90, 120))],
+    [
+        (None, (80, 90, 100, 120)),
+        ("", (80, 90, 100, 120)),
+        ("80", (80,)),
+        ("9.0 8.0", (80, 90)),
+        ("120,80;90;80", (80, 90, 120)),
+    ],
 )
 def test_architectures(
     cuda_build: ModuleType, text: str | None, archs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -386,10 +417,23 @@ def test_architectures(
     if text is not None:
         monkeypatch.setenv("FASTATTN_CUDA_ARCHS", text)
     assert cuda_build.architectures() == archs
-    flags = " ".join(cuda_build.nvcc_flags(archs))
+    flags = " ".join(cuda_build.nvcc_flags((13, 0), archs))
     assert re.findall(r"arch=compute_(\d+),code=sm_(\d+)", flags) == [("80", str(arch)) for arch in archs]
     assert flags.count("code=compute_80") == 1
     assert "fast_math" not in flags
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [(None, []), ("", []), ("g++-12", ["-ccbin", "g++-12"]), ("ccache /usr/bin/g++ -m64", ["-ccbin", "/usr/bin/g++"])],
+)
+def test_host_compiler(
+    cuda_build: ModuleType, text: str | None, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    if text is not None:
+        monkeypatch.setenv("CXX", text)
+    assert cuda_build.host_compiler_flags() == flags
 
 
 @pytest.mark.parametrize(

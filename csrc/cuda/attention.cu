@@ -34,8 +34,11 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
   if (error != cudaSuccess) {
+    const char* remedy = error == cudaErrorInsufficientDriver
+                             ? ": update the NVIDIA driver, or build fastattn with the nvcc of the driver's CUDA"
+                             : "";
     throw std::runtime_error("the properties of CUDA device " + std::to_string(device) +
-                             " could not be read: " + cudaGetErrorString(error));
+                             " could not be read: " + cudaGetErrorString(error) + remedy);
   }
   return value;
 }

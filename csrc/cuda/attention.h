@@ -45,7 +45,7 @@ void attention_backward(const AttentionGradParams& params, const DevicePropertie
 void dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p,
                   Stream stream);
 
-// Lines "key: value": the toolkit ("cuda: 13.0"), the architectures ("cuda archs: 80 90 120 +ptx80").
+// Lines "key: value": the toolkit ("cuda: 13.0"), the architectures ("cuda archs: 80 90 100 120 +ptx80").
 std::string build_info();
 
 }  // namespace fastattn::cuda

@@ -105,15 +105,16 @@ struct BackwardKeysKernel {
 
       float s[kM][kN][4], dp[kM][kN][4];
       set_zero(s);
-      gemm_nt<TileKV, TileQ>(s, a_fragment_address<TileKV>(k_tile, warp_row()), b_fragment_address<TileQ>(q_tile));
+      gemm_nt<TileKV, TileQ, true>(s, a_fragment_address<TileKV>(k_tile, warp_row()), b_fragment_address<TileQ>(q_tile));
       set_zero(dp);
       if constexpr (kWantsDk) {
-        gemm_nt<TileKV, TileQ>(dp, a_fragment_address<TileKV>(v_tile, warp_row()), b_fragment_address<TileQ>(d_o_tile));
+        gemm_nt<TileKV, TileQ, true>(dp, a_fragment_address<TileKV>(v_tile, warp_row()), b_fragment_address<TileQ>(d_o_tile));
       }
 
       const int h = hkv * group + step / tiles, i0 = (m_begin + step % tiles) * kBlockM;
       if constexpr (kModified) {
         differentiate(s, dp, p, stats, b, h, i0, j0 + warp_row());
+        reconverge();
       } else {
         if (i0 < full_begin || i0 + kBlockM > full_end) hide(s, p, b, i0, j0 + warp_row());
 #pragma unroll

@@ -96,6 +96,7 @@ struct BackwardQueriesKernel {
       const int j0 = n * kBlockN;
       if constexpr (kModified) {
         differentiate(s, dp, p, b, h, first_row, j0);
+        reconverge();
       } else {
         const bool is_full = j0 >= full_begin && j0 + kBlockN <= full_end;
 #pragma unroll

@@ -144,6 +144,7 @@ struct ForwardKernel {
       const bool is_full = j0 >= full_begin && j0 + kBlockN <= full_end;
       if constexpr (kModified) {
         modify(s, p, rows, state, b, j0);
+        reconverge();
       } else if (!is_full) {
         hide(s, p, rows, state, b, j0);
       }
@@ -228,14 +229,14 @@ struct ForwardKernel {
       const float base = m == -kInfinity ? 0.0f : m;
       const float rescale = exp2_approx((state.m[n] - base) * log2_factor);
       state.m[n] = m;
-      const float scaled_base = base * log2_factor;
+      const float scaled_base = multiply(base, log2_factor);
       float sum = 0.0f;
 #pragma unroll
       for (int tile = 0; tile < kN; ++tile) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[n / 2][tile][2 * (n % 2) + e];
-          x = exp2_approx(kExactDifference ? (x - base) * log2_factor : x * log2_factor - scaled_base);
+          x = exp2_approx(kExactDifference ? (x - base) * log2_factor : multiply_add(x, log2_factor, -scaled_base));
           sum += x;
         }
       }
@@ -273,6 +274,12 @@ struct ForwardKernel {
     for (int n = 0; n < kRows; ++n) {
       state.l[n] += shuffle_xor(state.l[n], 1);
       state.l[n] += shuffle_xor(state.l[n], 2);
+      if (!kExactDifference) {
+        // The maximum's own weight, which the product's rounding keeps from being 1. A row where nothing else has any is to
+        // say so: see AttentionParams::row_sum.
+        const float own = multiply_add(state.m[n], constants.scale_log2, -multiply(state.m[n], constants.scale_log2));
+        if (state.l[n] == exp2_approx(own)) state.l[n] = 1.0f;
+      }
       if (!kModified) state.m[n] *= constants.scale;
     }
   }

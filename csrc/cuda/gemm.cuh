@@ -64,20 +64,31 @@ struct SplitOperand {
 // those sums are added by additions that round to nearest: each k-step's in gemm_nt, every second one's in gemm_rn. (Ootomo and
 // Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
 // performance", 2022, section 4.)
-FASTATTN_DEVICE void mma_3xtf32(float (&d)[4], const SplitOperand<4>& a, const SplitOperand<2>& b) {
+//
+// kSwapped: a and b have changed places, as q and k do where scores are computed transposed. The products are then added in
+// the order that they have in the other kernels, so that a score has the same bits in all.
+template <bool kSwapped = false>
+FASTATTN_DEVICE void mma_small_tf32(float (&d)[4], const SplitOperand<4>& a, const SplitOperand<2>& b) {
+  if constexpr (kSwapped) mma_tf32(d, a.hi, b.lo[0], b.lo[1]);
   mma_tf32(d, a.lo, b.hi[0], b.hi[1]);
-  mma_tf32(d, a.hi, b.lo[0], b.lo[1]);
+  if constexpr (!kSwapped) mma_tf32(d, a.hi, b.lo[0], b.lo[1]);
+}
+// After all the small ones: what is cut off goes by the sum's size.
+FASTATTN_DEVICE void mma_large_tf32(float (&d)[4], const SplitOperand<4>& a, const SplitOperand<2>& b) {
   mma_tf32(d, a.hi, b.hi[0], b.hi[1]);
 }
+template <bool kSwapped>
 FASTATTN_DEVICE void add_3xtf32(float (&d)[4], const SplitOperand<4>& a, const SplitOperand<2>& b) {
   float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  mma_3xtf32(sum, a, b);
+  mma_small_tf32<kSwapped>(sum, a, b);
+  mma_large_tf32(sum, a, b);
 #pragma unroll
   for (int e = 0; e < 4; ++e) d[e] += sum[e];
 }
 
-// a and b are lane addresses: a_fragment_address of the warp's first row, b_fragment_address of the tile.
-template <class TileA, class TileB, int kM, int kN>
+// a and b are lane addresses: a_fragment_address of the warp's first row, b_fragment_address of the tile. kSwapped: see
+// mma_small_tf32.
+template <class TileA, class TileB, bool kSwapped = false, int kM, int kN>
 FASTATTN_DEVICE void gemm_nt(float (&acc)[kM][kN][4], SharedAddress a, SharedAddress b) {
   static_assert(TileA::kRowBytes == TileB::kRowBytes && kN % 2 == 0);
   constexpr int kSteps = TileA::kRowBytes / 32;
@@ -103,8 +114,8 @@ FASTATTN_DEVICE void gemm_nt(float (&acc)[kM][kN][4], SharedAddress a, SharedAdd
         const SplitOperand<2> second = {{b_split.hi[2], b_split.hi[3]}, {b_split.lo[2], b_split.lo[3]}};
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
-          add_3xtf32(acc[i][j], a_split[i], first);
-          add_3xtf32(acc[i][j + 1], a_split[i], second);
+          add_3xtf32<kSwapped>(acc[i][j], a_split[i], first);
+          add_3xtf32<kSwapped>(acc[i][j + 1], a_split[i], second);
         }
       }
     } else {
@@ -144,19 +155,22 @@ FASTATTN_DEVICE void gemm_rn(float (&acc)[kM][kN][4], const float (&p)[kM][kK][4
       for (int pair = 0; pair < kK; pair += 2) {
         float sum[kM][1][4];
         set_zero(sum);
+        SplitOperand<2> b_split[2];
 #pragma unroll
-        for (int step = pair; step < pair + 2; ++step) {
+        for (int half = 0; half < 2; ++half) {
+          const int step = pair + half;
           // Rows 2t and 2t + 1 differ in the lowest bit of the swizzle, hence in the lowest bit of the chunk's place.
           const SharedAddress row = TileB::at(b + step * 8 * TileB::kRowBytes, 2 * j);
           const SharedAddress next_row = (row ^ (TileB::kSwizzleMask & 1) << 4) + TileB::kRowBytes;
           const uint32_t bits[2] = {load_shared_u32(row), load_shared_u32(next_row)};
-          SplitOperand<2> b_split;
-          SplitOperand<2>::split(bits, &b_split);
+          SplitOperand<2>::split(bits, &b_split[half]);
 #pragma unroll
-          for (int i = 0; i < kM; ++i) mma_3xtf32(sum[i][0], a[i][step], b_split);
+          for (int i = 0; i < kM; ++i) mma_small_tf32(sum[i][0], a[i][step], b_split[half]);
         }
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
+          mma_large_tf32(sum[i][0], a[i][pair], b_split[0]);
+          mma_large_tf32(sum[i][0], a[i][pair + 1], b_split[1]);
 #pragma unroll
           for (int e = 0; e < 4; ++e) acc[i][j][e] += sum[i][0][e];
         }

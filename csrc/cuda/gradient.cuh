@@ -48,7 +48,7 @@ FASTATTN_DEVICE float weight_gradient(float weight, float dp, const RowStatistic
 
 // Without modifiers: the raw product x becomes the weight, dp the gradient of the score. x = -inf for hidden keys.
 FASTATTN_DEVICE void differentiate_plain(float& x, float& dp, const RowStatistics& row, const ScoreConstants& c) {
-  x = exp2_approx(x * c.scale_log2 - row.m);
+  x = exp2_approx(multiply_add(x, c.scale_log2, -row.m));
   dp = weight_gradient(x, dp, row);
 }
 

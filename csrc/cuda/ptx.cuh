@@ -51,6 +51,10 @@ FASTATTN_DEVICE uint32_t opaque(uint32_t x) {
 FASTATTN_DEVICE void sync_block() { __syncthreads(); }
 FASTATTN_DEVICE void sync_warp() { __syncwarp(); }
 
+// Lanes may have parted over their scores, and PTX does not promise that they meet again by themselves; the matrix
+// instructions want the whole warp. It orders no accesses to memory, which is sync_warp's task.
+FASTATTN_DEVICE void reconverge() { __syncwarp(); }
+
 FASTATTN_DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 FASTATTN_DEVICE uint32_t shuffle_xor(uint32_t x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 
@@ -163,6 +167,8 @@ FASTATTN_DEVICE void store_global_u32x4(void* at, U32x4 v) {
 // of -1e9 the last bit of a score is a factor of e^64.
 FASTATTN_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 FASTATTN_DEVICE float add(float x, float y) { return __fadd_rn(x, y); }
+// x y + z, rounded once, on every device: where it matters, it is not left to the compiler.
+FASTATTN_DEVICE float multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 // Within 2 ulp; subnormal results are 0, and exp2(-inf) = 0.
 FASTATTN_DEVICE float exp2_approx(float x) {
   float y;

@@ -82,7 +82,9 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, 
     for (int64_t i = 0; i < dim; ++i) shape << (i ? ", " : "") << sizes[i];
     if (device.is_cuda()) {
       out_of_memory_error("CUDA out of memory: a ", dtype_name(dtype), " tensor of shape (", shape.str(),
-                          ") could not be allocated on ", device_name(device), ".");
+                          ") could not be allocated on ", device_name(device),
+                          ". Where there is memory enough, an earlier kernel has failed: run again with "
+                          "CUDA_LAUNCH_BLOCKING=1.");
     }
     runtime_error("there is not enough memory for a ", dtype_name(dtype), " tensor of shape (", shape.str(), ").");
   }

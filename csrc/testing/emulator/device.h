@@ -26,6 +26,8 @@ FASTATTN_DEVICE uint32_t opaque(uint32_t x) { return x; }
 
 FASTATTN_DEVICE void sync_block(Site site = Site::current()) { emulator::device::sync_block(site); }
 FASTATTN_DEVICE void sync_warp(Site site = Site::current()) { emulator::device::sync_warp(site); }
+// Nothing to do: the matrix instructions wait for all lanes here.
+FASTATTN_DEVICE void reconverge() {}
 
 FASTATTN_DEVICE float shuffle_xor(float x, int lane_mask, Site site = Site::current()) {
   return std::bit_cast<float>(emulator::device::shuffle_xor(std::bit_cast<uint32_t>(x), lane_mask, site));
@@ -124,6 +126,8 @@ FASTATTN_DEVICE float add(float x, float y) {
   const volatile float sum = x + y;
   return sum;
 }
+
+FASTATTN_DEVICE float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 
 FASTATTN_DEVICE float exp2_approx(float x) {
   const float y = std::exp2(x);

@@ -61,6 +61,53 @@ FASTATTN_INLINE void add_towards_zero(Row& c, const Row& x) {
   copy(&bits, &c);
 }
 
+// What multiplies and adds TF32 sums c and four products at once as numbers of a common exponent, the largest one's. Of
+// each it keeps 24 bits from there on, and of the sum the leading 24, all cut off: never rounded. (Fasi, Higham, Mikaitis
+// and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021, section 4; a bit more on later GPUs.) The products of
+// 16-bit operands are summed in float below: what that leaves out is far below the rounding of their results.
+constexpr int kTf32Products = 4;
+
+using Integers = int32_t __attribute__((vector_size(32)));
+
+FASTATTN_INLINE void add_aligned(Row& c, const Row (&products)[kTf32Products]) {
+  constexpr uint32_t kExponent = 0x7f800000u;
+  // Below, 2^24 over the largest number's power of two would not be finite; so small a sum may be lost.
+  constexpr uint32_t kSmallest = 32u << 23;
+  Words largest;
+  copy(&c, &largest);
+  largest &= kExponent;
+  for (const Row& product : products) {
+    Words exponent;
+    copy(&product, &exponent);
+    exponent &= kExponent;
+    largest = exponent > largest ? exponent : largest;
+  }
+  const Words is_special = (Words)(largest == kExponent);  // an infinity or a NaN: as float arithmetic has it
+  largest = largest < kSmallest ? Words{} + kSmallest : largest;
+  const Words up_bits = (uint32_t{127 + 127 + 24} << 23) - largest, down_bits = largest - (24u << 23);
+  Row up, down;  // 2^24 / 2^e and back
+  copy(&up_bits, &up);
+  copy(&down_bits, &down);
+  Row plain = c;
+  Integers sum = __builtin_convertvector(c * up, Integers);
+  for (const Row& product : products) {
+    plain += product;
+    sum += __builtin_convertvector(product * up, Integers);
+  }
+  // |sum| < 5 * 2^25: up to four bits too many for a float.
+  const Integers magnitude = sum < 0 ? -sum : sum;
+  Integers kept = magnitude;
+  for (int bit = 24; bit < 28; ++bit) {
+    kept = magnitude >= (1 << bit) ? magnitude & -(1 << (bit - 23)) : kept;
+  }
+  Row result = __builtin_convertvector(sum < 0 ? -kept : kept, Row) * down;
+  Words bits, plain_bits;
+  copy(&result, &bits);
+  copy(&plain, &plain_bits);
+  bits = is_special ? plain_bits : bits;
+  copy(&bits, &c);
+}
+
 template <MmaType kType>
 FASTATTN_INLINE void multiply(MmaOperands& o) {
   constexpr int kPerWord = kType == MmaType::kTf32 ? 1 : 2;
@@ -79,6 +126,19 @@ FASTATTN_INLINE void multiply(MmaOperands& o) {
         b[n - 16][each] = x[each];
       }
     }
+  }
+  if constexpr (kType == MmaType::kTf32) {
+    for (int i = 0; i < 16; ++i) {
+      Row c;
+      std::memcpy(&c, o.c + 8 * i, sizeof(Row));
+      for (int k0 = 0; k0 < 8; k0 += kTf32Products) {
+        Row products[kTf32Products];
+        for (int k = 0; k < kTf32Products; ++k) products[k] = a[i][0][k0 + k] * b[k0 + k][0];
+        add_aligned(c, products);
+      }
+      std::memcpy(o.c + 8 * i, &c, sizeof(Row));
+    }
+    return;
   }
   // Four rows at a time: each sum waits for its own last product only.
   for (int i = 0; i < 16; i += 4) {
