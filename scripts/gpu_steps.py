@@ -1,12 +1,15 @@
 """The steps of scripts/gpu_check.sh that compute: each is started by scripts/gpu_check.py in a process of its own.
 
-With --device cpu they are rehearsed, on tiny problems and the CPU's kernels.
+A step yields what it has found so far, after each problem, and the result file is written anew each time: a step that
+is stopped, or dies, leaves what it knew. With --device cpu they are rehearsed, on tiny problems and the CPU's kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -32,33 +35,45 @@ class Report:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+Reports = Iterator[Report]  # the last one counts
+
+
 def verdict(broken: list[str], summary: str, **detail: Any) -> Report:
-    print("\n".join(broken))
     return Report("failed" if broken else "ok", summary, {"broken": broken, **detail})
 
 
-def name_device(device: str) -> Report:
-    """The GPU, its clocks and all versions."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
+def name_device(device: str) -> Reports:
+    """The GPU, its clocks and all versions. detail["no_gpu"]: there is nothing to check."""
+    system = f"{platform.system()} {platform.machine()}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "system": system}
     if device == "cpu":
-        return Report(summary="a rehearsal without a GPU", detail={"name": "cpu", "versions": versions})
+        yield Report(summary="a rehearsal without a GPU", detail={"name": "cpu", "versions": versions})
+        return
     if torch.version.cuda is None or not torch.cuda.is_available():
         reason = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
-        return Report("failed", f"{reason} (torch {torch.__version__})", {"versions": versions})
+        yield Report("failed", f"{reason} (torch {torch.__version__})", {"versions": versions, "no_gpu": True})
+        return
     properties = torch.cuda.get_device_properties(0)
     versions["cuda"] = str(torch.version.cuda)
-    detail = {"name": properties.name, "versions": versions, **describe_gpu(versions)}
-    return Report(summary=f"{detail.get('text', properties.name)}; torch {torch.__version__}", detail=detail)
+    detail = {
+        "name": properties.name,
+        "capability": f"{properties.major}{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "versions": versions,
+        **describe_gpu(versions),
+    }
+    yield Report(summary=f"{detail.get('text', properties.name)}; torch {torch.__version__}", detail=detail)
 
 
 def describe_gpu(versions: dict[str, str]) -> dict[str, Any]:
-    """More of it; {} where fastattn, which the benchmark needs, has not been built yet."""
+    """More of it, in the benchmark's words; {} where those cannot be had, which is the benchmark's trouble."""
     try:
         from bench import cuda
-    except (ImportError, OSError) as failure:
+
+        gpu = cuda.describe_gpu()
+    except Exception as failure:
         print(f"not described: {failure}")
         return {}
-    gpu = cuda.describe_gpu()
     versions |= {"cudnn": gpu.cudnn, "driver": gpu.driver}
     try:
         import triton
@@ -69,28 +84,30 @@ def describe_gpu(versions: dict[str, str]) -> dict[str, Any]:
     return {**gpu.as_dict(), "text": str(gpu)}
 
 
-def load(device: str) -> Report:
-    """Whether the libraries load and serve the device."""
+def load(device: str) -> Reports:
+    """Whether the libraries load and serve the device. detail["cannot_load"]: to compile them again may help."""
     try:
         import fastattn
         from fastattn import _cuda
-    except (ImportError, OSError) as failure:
-        return Report("failed", f"fastattn does not load: {failure}")
+    except (ImportError, OSError, RuntimeError) as failure:
+        yield Report("failed", f"fastattn does not load: {failure}", {"cannot_load": True})
+        return
     info = fastattn.info()
     print(info)
     obstacle = None if device == "cpu" else _cuda.obstacle(0)
     if obstacle is not None:
-        return Report("failed", obstacle)
+        yield Report("failed", obstacle, {"cannot_load": _cuda.missing is not None})
+        return
     build = [f"{name}: {value}" for name, value in info.cuda_build.items()]
-    return Report(summary="; ".join(["loads", *build]), detail={"info": str(info)})
+    yield Report(summary="; ".join(["loads", *build]), detail={"info": str(info)})
 
 
 # -------------------------------------------------------------------------------------------------------- real sizes
 
 
 def size_problems(device: str) -> list[tuple[Any, str]]:
-    """Cases and dtypes. B * L = 16384 and heads 2048 wide together, as in training, over all lengths; decoding; and
-    lengths that are no multiple of anything.
+    """Cases and dtypes. B * L = 16384 and heads 2048 wide together, as in training, over all lengths; decoding; lengths
+    that are no multiple of anything; more CTAs than a grid has along y.
     """
     from bench.cases import decode_case, training_case
     from tests.cases import Case
@@ -107,7 +124,15 @@ def size_problems(device: str) -> list[tuple[Any, str]]:
     problems += [(Case(L, L, D=128, B=2, Hkv=4, gqa=4, causal="bottom_right"), "bfloat16") for L in (2000, 4097)]
     problems += [(decode_case(B), dtype) for B, dtype in ((1, "bfloat16"), (16, "bfloat16"), (2, "float32"))]
     problems.append((Case(7, 30001, D=128, Hkv=2, gqa=8, causal="bottom_right"), "bfloat16"))
+    problems += [(Case(17, 19, D=32, B=70000, Hkv=1), "bfloat16"), (Case(1, 33, D=32, Hkv=70000), "bfloat16")]
+    problems += [(Case(1, 65536, D=128, Hkv=1, gqa=8), "bfloat16"), (Case(65536, 20, D=32, Hkv=1), "bfloat16")]
     return problems
+
+
+def free_bytes() -> int:
+    """What torch keeps for later is free as well."""
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + kept
 
 
 def expect(inputs: Any, dtype: torch.dtype) -> Any:
@@ -119,65 +144,85 @@ def expect(inputs: Any, dtype: torch.dtype) -> Any:
     return compare.Expected(exact, baseline, compare.rounding_terms(inputs, None), dtype)
 
 
-def check_sizes(device: str) -> Report:
-    """o, lse and every gradient at real sizes, within the tests' error bound. The reference takes whole matrices of
-    scores in float64: it looks at single key heads, the first of the first sequence and the last of the last.
+def check_heads(device: str, case: Any, dtype: torch.dtype) -> Iterator[tuple[list[str], dict[str, float]]]:
+    """For two key heads of a problem, what is wrong with them, and the largest error of each result over plain code's.
+
+    The reference takes whole matrices of scores in float64: it looks at the first head of the first sequence and at the
+    last head of the last.
     """
-    from bench.cases import DTYPES, SHORT, draw_on
+    from bench.cases import draw_on
     from tests import compare
     from tests.cases import Inputs
+
+    inputs = draw_on(device, case, dtype).require_grad()
+    fast = compare.compute(inputs)
+    for b, h in sorted({(0, 0), (case.B - 1, case.Hkv - 1)}):
+        q_heads, kv_head = slice(h * case.gqa, (h + 1) * case.gqa), slice(h, h + 1)
+        heads = {"q": q_heads, "k": kv_head, "v": kv_head, "d_o": q_heads, "d_lse": q_heads}
+        part = {name: getattr(inputs, name).detach()[b : b + 1, where] for name, where in heads.items()}
+        wanted = expect(Inputs(**part, kwargs=inputs.kwargs), dtype)
+        found_in = {"o": q_heads, "lse": q_heads, "dq": q_heads, "dk": kv_head, "dv": kv_head}
+        got = {name: fast[name][b : b + 1, where] for name, where in found_in.items()}
+        ratios = {}
+        for name, exact in wanted.exact.items():
+            error = (got[name].double() - exact).abs().nan_to_num(nan=float("inf")).max().item()
+            plain = (wanted.baseline[name].double() - exact).abs().max().item()
+            ratios[name] = error / plain if plain else 0.0
+        yield [f"batch {b}, key head {h}: {message}" for message in compare.violations(got, wanted)], ratios
+        del wanted, got
+
+
+def check_sizes(device: str) -> Reports:
+    """o, lse and every gradient at real sizes, within the tests' error bound."""
+    from bench.cases import DTYPES, SHORT
 
     broken: list[str] = []
     left_out: list[str] = []
     worst: dict[str, float] = {}
     checked = 0
     for case, dtype_name in size_problems(device):
-        dtype, problem = DTYPES[dtype_name], f"{SHORT[dtype_name]}-{case.id}"
-        if device != "cpu" and MATRICES * 8 * case.gqa * case.Lq * case.Lk > 0.7 * torch.cuda.mem_get_info()[0]:
-            left_out.append(problem)
-            continue
-        inputs = draw_on(device, case, dtype).require_grad()
-        fast = compare.compute(inputs)
-        for b, h in sorted({(0, 0), (case.B - 1, case.Hkv - 1)}):
-            q_heads, kv_head = slice(h * case.gqa, (h + 1) * case.gqa), slice(h, h + 1)
-            heads = {"q": q_heads, "k": kv_head, "v": kv_head, "d_o": q_heads, "d_lse": q_heads}
-            part = {name: getattr(inputs, name).detach()[b : b + 1, where] for name, where in heads.items()}
-            wanted = expect(Inputs(**part, kwargs=inputs.kwargs), dtype)
-            found_in = {"o": q_heads, "lse": q_heads, "dq": q_heads, "dk": kv_head, "dv": kv_head}
-            got = {name: fast[name][b : b + 1, where] for name, where in found_in.items()}
-            place = f"{problem} at batch {b}, key head {h}"
-            broken += [f"{place}: {message}" for message in compare.violations(got, wanted)]
-            for name, exact in wanted.exact.items():
-                error = (got[name].double() - exact).abs().nan_to_num(nan=float("inf")).max().item()
-                plain = (wanted.baseline[name].double() - exact).abs().max().item()
-                key = f"{SHORT[dtype_name]} {name}"
-                worst[key] = max(worst.get(key, 0.0), error / plain if plain else 0.0)
-            checked += 1
-            del wanted, got
+        problem = f"{SHORT[dtype_name]}-{case.id}"
         print(problem, flush=True)
-    largest = max(worst, key=lambda key: worst[key])
-    summary = f"{checked} key heads, {len(broken)} results outside the bound; errors up to {worst[largest]:.2f} times"
-    summary += f" plain code's ({largest})" + (f"; {len(left_out)} left out for lack of memory" if left_out else "")
-    return verdict(broken, summary, left_out=left_out, error_over_plain=worst)
+        try:
+            if device != "cpu" and MATRICES * 8 * case.gqa * case.Lq * case.Lk > 0.7 * free_bytes():
+                raise torch.OutOfMemoryError
+            for messages, ratios in check_heads(device, case, DTYPES[dtype_name]):
+                broken += [f"{problem} at {message}" for message in messages]
+                for name, ratio in ratios.items():
+                    key = f"{SHORT[dtype_name]} {name}"
+                    worst[key] = max(worst.get(key, 0.0), ratio)
+                checked += 1
+        except torch.OutOfMemoryError:
+            left_out.append(problem)
+            print("left out for lack of memory", flush=True)
+        summary = f"{checked} key heads, {len(broken)} results outside the bound"
+        if worst:
+            largest = max(worst, key=lambda key: worst[key])
+            summary += f"; errors up to {worst[largest]:.2f} times plain code's ({largest})"
+        if left_out:
+            summary += f"; {len(left_out)} problems left out for lack of memory"
+        yield verdict(broken, summary, left_out=left_out, error_over_plain=worst)
+    if not checked:
+        yield Report("failed", "no problem fits into the GPU's memory", {"left_out": left_out})
 
 
 # ----------------------------------------------------------------------------------------------- gradients and repeats
 
 
 def feature_inputs(device: str, *dtypes: torch.dtype) -> Iterator[tuple[Any, Any]]:
-    """Small cases that have every feature between them: those that the tests repeat on the CPU."""
+    """Small cases that have every feature between them."""
     from tests.cases import make_inputs
-    from tests.gpu import moved_inputs
-    from tests.test_determinism import CASES
+    from tests.gpu import MIXED, moved_inputs
 
-    for case in CASES:
+    for case in MIXED:
         for dtype in dtypes:
             yield case, moved_inputs(make_inputs(case, dtype), torch.device(device)).require_grad()
 
 
-def check_gradients(device: str) -> Report:
+def check_gradients(device: str) -> Reports:
     """Each gradient against the difference quotient of the forward pass, along a random direction."""
-    broken, worst, count = [], 0.0, 0
+    broken: list[str] = []
+    worst, count = 0.0, 0
     for case, inputs in feature_inputs(device, torch.float32):
         for name, slope, quotient, size in slopes(inputs):
             # Adding something to finfo.min shows no slope.
@@ -188,7 +233,7 @@ def check_gradients(device: str) -> Report:
             worst = max(worst, off)
             if not off <= GRADIENT_TOLERANCE:
                 broken.append(f"d{name} of {case.id}: slope {slope:.6g}, difference quotient {quotient:.6g}")
-    return verdict(broken, f"{count} gradients, {len(broken)} are no slopes; off by up to {worst:.1e} of their norm")
+        yield verdict(broken, f"{count} gradients, {len(broken)} are no slopes; off by up to {worst:.1e} of their norm")
 
 
 def slopes(inputs: Any, step: float = 1e-2) -> Iterator[tuple[str, float, float, float]]:
@@ -223,19 +268,18 @@ def slopes(inputs: Any, step: float = 1e-2) -> Iterator[tuple[str, float, float,
         yield name, float((grad * direction.double()).sum()), quotient, float(grad.norm())
 
 
-def check_repeats(device: str) -> Report:
+def check_repeats(device: str) -> Reports:
     """The same bits every time, forward and backward, with other work in between."""
     from bench.cases import decode_case, draw_on, training_case
-    from tests.compare import compute
-    from tests.test_determinism import differences
+    from tests.compare import compute, differences
 
-    problems = list(feature_inputs(device, torch.bfloat16, torch.float32))
+    problems = list(feature_inputs(device, torch.bfloat16, torch.float16, torch.float32))
     if device != "cpu":
         large = [training_case(4096, 128, tokens=4096, causal="top_left"), training_case(4096, 64), decode_case(1)]
         problems += [(case, draw_on(device, case, torch.bfloat16).require_grad()) for case in large]
     repeats = REPEATS if device != "cpu" else 2
-    broken = []
-    for case, inputs in problems:
+    broken: list[str] = []
+    for done, (case, inputs) in enumerate(problems, 1):
         first = compute(inputs)
         different: set[str] = set()
         for n in range(repeats - 1):
@@ -243,19 +287,19 @@ def check_repeats(device: str) -> Report:
             different |= set(differences(compute(inputs), first))
         if different:
             broken.append(f"{case.id} in {inputs.q.dtype}: {', '.join(sorted(different))} differ")
-    return verdict(broken, f"{len(problems)} problems {repeats} times, {len(broken)} not the same bit for bit")
+        yield verdict(broken, f"{done} problems {repeats} times, {len(broken)} not the same bit for bit")
 
 
 # ------------------------------------------------------------------------------------------------ compute-sanitizer
 
 
-def run_all_kernels(device: str) -> Report:
-    """A small set in which every kind of kernel runs, for compute-sanitizer to watch."""
-    from tests.cases import Case, make_inputs
-    from tests.compare import compute
-    from tests.gpu import moved_inputs
+def sanitized_cases() -> list[Any]:
+    """A small set in which every kind of kernel runs, whatever the number of multiprocessors. tests/test_gpu_check.py
+    looks after that.
+    """
+    from tests.cases import Case
 
-    cases = [
+    return [
         Case(130, 200, D=64, Hkv=1, causal="top_left"),
         Case(200, 130, D=128, Hkv=1, gqa=2),
         Case(1, 600, D=128, Hkv=1, gqa=8),
@@ -264,23 +308,46 @@ def run_all_kernels(device: str) -> Report:
         Case(66, 70, D=33, Dv=17, Hkv=1, window=(20, 5), softcap=5.0, alibi="h", layout="offset"),
         Case(65, 65, D=256, Hkv=1),
         Case(40, 65, D=192, Hkv=1, bias="11qk"),
+        Case(19, 70, D=8, B=4, gqa=2, bias="11qk"),
     ]
-    for case in cases:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            compute(moved_inputs(make_inputs(case, dtype), torch.device(device)).require_grad())
+
+
+def run_all_kernels(device: str, dtypes: tuple[str, ...]) -> Reports:
+    """For compute-sanitizer to watch."""
+    from tests.cases import make_inputs
+    from tests.compare import compute
+    from tests.gpu import moved_inputs
+
+    done = 0
+    for dtype in dtypes:
+        for case in sanitized_cases():
+            compute(moved_inputs(make_inputs(case, getattr(torch, dtype)), torch.device(device)).require_grad())
+            done += 1
+            yield Report(summary=f"{done} cases")
+    torch.ops.fastattn.dropout_mask(torch.tensor([3, 4], device=device), 1, 2, 5, 70, 0.3)
     if device != "cpu":
         torch.cuda.synchronize()
-    return Report(summary=f"{len(cases)} cases in 3 dtypes")
+    yield Report(summary=f"{done} cases, {len(dtypes)} dtypes, and the mask of dropout")
 
 
-STEPS: dict[str, Callable[[str], Report]] = {
+STEPS: dict[str, Callable[[str], Reports]] = {
     "device": name_device,
     "load": load,
     "sizes": check_sizes,
     "gradients": check_gradients,
     "repeats": check_repeats,
-    "sanitized": run_all_kernels,
+    # The slower the tool, the less: 16-bit kernels differ in one instruction, and float32's have tiles of their own.
+    "memcheck": functools.partial(run_all_kernels, dtypes=("bfloat16", "float32", "float16")),
+    "racecheck": functools.partial(run_all_kernels, dtypes=("bfloat16", "float32")),
+    "synccheck": functools.partial(run_all_kernels, dtypes=("bfloat16", "float32")),
 }
+
+
+def write(path: Path, report: Report) -> None:
+    """All of it or nothing: whoever reads it may do so at any moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def main() -> None:
@@ -289,9 +356,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--result", type=Path, help="a JSON file to write")
     options = parser.parse_args()
-    report = STEPS[options.step](options.device)
-    if options.result:
-        options.result.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    report = Report("failed", "it found nothing to do")
+    said = 0
+    for report in STEPS[options.step](options.device):
+        broken = report.detail.get("broken", [])
+        print("".join(f"{line}\n" for line in broken[said:]), end="", flush=True)
+        said = len(broken)
+        if options.result:
+            write(options.result, report)
     print(f"{report.status}: {report.summary}")
 
 

@@ -302,3 +302,13 @@ def violations(fast: Quantities, wanted: Expected) -> list[str]:
                     f" {limit.tiny.rms:.3g}"
                 )
     return found
+
+
+def differences(first: Quantities, second: Quantities) -> list[str]:
+    """Names of what is not the same bit for bit; -0.0 is not 0.0, and NaN is NaN."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def bits(x: Tensor) -> Tensor:
+        return x.contiguous().view(integer[x.dtype.itemsize])
+
+    return [name for name in first if not torch.equal(bits(first[name]), bits(second[name]))]

@@ -1,21 +1,37 @@
-"""What tests on a GPU need: a case's inputs moved there as they lie, and the seeds that the CPU would draw."""
+"""What tests on a GPU need: a case's inputs moved there as they lie, and the seeds that the CPU would draw. Without
+pytest: scripts/gpu_steps.py needs it too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 
 from fastattn import _ops
 
-from .cases import Inputs
+from .cases import Case, Inputs
 from .compare import Quantities
 
 DEVICE = torch.device("cuda:0")
+
+# One of each kind of work: dense and masked tiles, few rows over many keys, every modifier, every gradient.
+MIXED = [
+    Case(197, 197, D=64, B=2, Hkv=3),
+    Case(150, 333, D=32, Hkv=1, gqa=4, causal="bottom_right"),
+    Case(600, 900, D=128, Hkv=1, causal="top_left", sinks=True),
+    Case(70, 530, D=24, Dv=40, B=2, gqa=2, bias="11qk", alibi="h"),
+    Case(300, 130, D=96, B=2, bias="1h1k", bias_values="min", mask="b1qk", mask_values="blocks"),
+    Case(130, 300, D=16, B=3, gqa=2, bias="1111", softcap=5.0, kv_lengths=(300, 0, 131), window=(70, 20)),
+    Case(90, 280, D=33, B=2, gqa=3, dropout_p=0.3, causal="bottom_right", layout="blhd"),
+    Case(70, 200, D=256, Dv=192, B=2),
+    Case(1, 4000, D=128, Hkv=2, gqa=8),
+    Case(3, 2000, D=64, B=2, gqa=2, bias="b11k", kv_lengths=(2000, 777)),
+]
 
 
 def moved(x: Tensor, device: torch.device = DEVICE) -> Tensor:
@@ -41,6 +57,5 @@ def on_cpu(quantities: Quantities) -> Quantities:
 def seeds_of_the_cpu() -> Iterator[None]:
     """Dropout's (seed, offset) come from the CPU's generator, so that a GPU drops what the CPU does."""
     draw = _ops.draw_rng_state
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ops, "draw_rng_state", lambda device="cpu": draw("cpu").to(device))
+    with mock.patch.object(_ops, "draw_rng_state", lambda device="cpu": draw("cpu").to(device)):
         yield

@@ -24,10 +24,9 @@ from fastattn import _cuda, reference
 from fastattn._ops import draw_rng_state
 
 from .cases import CASES, Case, Inputs, make_inputs
-from .compare import Quantities, compute, expected, gradients, violations
+from .compare import Quantities, compute, differences, expected, gradients, violations
 from .conftest import cuda_obstacle
-from .gpu import DEVICE, moved, moved_inputs, on_cpu, seeds_of_the_cpu
-from .test_determinism import differences
+from .gpu import DEVICE, MIXED, moved, moved_inputs, on_cpu, seeds_of_the_cpu
 
 if (obstacle := cuda_obstacle()) is not None:
     pytest.skip(f"no CUDA: {obstacle}", allow_module_level=True)
@@ -37,19 +36,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 
-# One of each kind of work: dense and masked tiles, few rows over many keys, every modifier, every gradient.
-MIXED = [
-    Case(197, 197, D=64, B=2, Hkv=3),
-    Case(150, 333, D=32, Hkv=1, gqa=4, causal="bottom_right"),
-    Case(600, 900, D=128, Hkv=1, causal="top_left", sinks=True),
-    Case(70, 530, D=24, Dv=40, B=2, gqa=2, bias="11qk", alibi="h"),
-    Case(300, 130, D=96, B=2, bias="1h1k", bias_values="min", mask="b1qk", mask_values="blocks"),
-    Case(130, 300, D=16, B=3, gqa=2, bias="1111", softcap=5.0, kv_lengths=(300, 0, 131), window=(70, 20)),
-    Case(90, 280, D=33, B=2, gqa=3, dropout_p=0.3, causal="bottom_right", layout="blhd"),
-    Case(70, 200, D=256, Dv=192, B=2),
-    Case(1, 4000, D=128, Hkv=2, gqa=8),
-    Case(3, 2000, D=64, B=2, gqa=2, bias="b11k", kv_lengths=(2000, 777)),
-]
 each_mixed = pytest.mark.parametrize("case", MIXED, ids=lambda case: case.id)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastattn
 
 from .cases import Case, make_inputs
-from .compare import Quantities, compute
+from .compare import compute, differences
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,16 +22,6 @@ CASES = [
     Case(90, 280, D=33, B=2, gqa=3, dropout_p=0.3, causal="bottom_right", layout="blhd"),
     Case(1, 2000, D=64, Hkv=2, gqa=4),
 ]
-
-
-def differences(first: Quantities, second: Quantities) -> list[str]:
-    """Names of what is not the same bit for bit; -0.0 is not 0.0, and NaN is NaN."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-    def bits(x: Tensor) -> Tensor:
-        return x.contiguous().view(integer[x.dtype.itemsize])
-
-    return [name for name in first if not torch.equal(bits(first[name]), bits(second[name]))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
