@@ -5,9 +5,12 @@
 
 Fails on: a warning; a spill; a kernel that takes more registers or more stack than the table says, or that the table
 does not have, or that is missing; a build of other architectures than setup.py's own; a library that takes more than
-60 MB of a wheel; compilers that keep two cores busy for more than ten minutes. Where CUDA's disassembler is installed
-(`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`) it also looks into the machine code: tensor core products,
-matrix loads and asynchronous copies in every kernel that works on tiles, local memory in none.
+60 MB of a wheel. Where CUDA's disassembler is installed (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`) it
+also looks into the machine code: tensor core products, matrix loads and asynchronous copies in every kernel that works
+on tiles, local memory in none, and no instruction of a whole warp where some of its lanes may be elsewhere.
+
+Remarks on compilers that keep two cores busy for more than ten minutes: it only knows how long they ran, which depends
+on what else the machine had to do.
 
 No GPU is needed. Without nvcc there is nothing to check, and it says so.
 """
@@ -230,17 +233,21 @@ def read_constants(types: list[str], toolkit: cuda_build.Toolkit) -> list[Consta
         probe = Path(folder) / "probe"
         probe.with_suffix(".cu").write_text(source, encoding="utf-8")
         arch = f"-arch=sm_{cuda_build.VIRTUAL_ARCH}"
-        command = [toolkit.nvcc, "-std=c++20", "-O0", arch, "-w", f"-I{ROOT / 'csrc'}", *_host_compiler()]
+        command = [
+            toolkit.nvcc,
+            "-std=c++20",
+            "-O0",
+            arch,
+            "-w",
+            f"-I{ROOT / 'csrc'}",
+            *cuda_build.host_compiler_flags(),
+        ]
         command += [str(probe.with_suffix(".cu")), "-o", str(probe)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise Trouble(f"the kernels' constants could not be read:\n{done.stdout}{done.stderr}")
         lines = subprocess.run([str(probe)], capture_output=True, text=True, check=True).stdout.splitlines()
     return [Constants(name, *map(int, numbers)) for name, *numbers in (line.split() for line in lines)]
-
-
-def _host_compiler() -> list[str]:
-    return ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
 
 
 def identify(names: Iterable[str], toolkit: cuda_build.Toolkit) -> dict[str, Kernel]:
@@ -431,28 +438,51 @@ def newer_source() -> str:
 
 WANTED = {"HMMA": "tensor core products", "LDSM": "matrix loads", "LDGSTS": "asynchronous copies"}
 LOCAL = {"LDL": "loads from local memory", "STL": "stores to local memory"}
+# All lanes of a warp together, or what they give is undefined: the products, the loads, shuffles and barriers.
+COLLECTIVE = ("HMMA", "LDSM", "SHFL", "BAR")
+
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@(!?\w+)\s+)?([A-Z0-9]+)(.*)")
+_TARGET = re.compile(r"0x([0-9a-f]+) ;")
 
 
-def parse_listing(lines: Iterable[str]) -> dict[str, Counter[str]]:
-    """How often each of WANTED and LOCAL occurs, by function, in what `cuobjdump -sass` prints."""
-    counts: dict[str, Counter[str]] = {}
-    here: Counter[str] = Counter()
-    instruction = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)")
+@dataclass
+class Listing:
+    """How often what is looked for occurs in a kernel's machine code."""
+
+    counts: Counter[str] = field(default_factory=Counter)  # of WANTED and LOCAL
+    # Of COLLECTIVE: those under a predicate of each lane's own, and those between the place where lanes may part (BSSY)
+    # and the one where they meet again (the address that it names). Code that was moved out of between is not seen.
+    predicated: Counter[str] = field(default_factory=Counter)
+    parted: Counter[str] = field(default_factory=Counter)
+
+
+def parse_listing(lines: Iterable[str]) -> dict[str, Listing]:
+    """By function, what `cuobjdump -sass` prints."""
+    listings: dict[str, Listing] = {}
+    here, meeting = Listing(), 0
     for line in lines:
         if "Function :" in line:
-            here = counts.setdefault(line.split(":", 1)[1].strip(), Counter())
-        elif (found := instruction.match(line)) and (found[1] in WANTED or found[1] in LOCAL):
-            here[found[1]] += 1
-    return counts
+            here, meeting = listings.setdefault(line.split(":", 1)[1].strip(), Listing()), 0
+        elif found := _INSTRUCTION.match(line):
+            address, predicate, name, rest = int(found[1], 16), found[2] or "PT", found[3], found[4]
+            if name in WANTED or name in LOCAL:
+                here.counts[name] += 1
+            if name in COLLECTIVE:
+                here.predicated[name] += re.fullmatch(r"!?P\d+", predicate) is not None  # UP0 is the whole warp's
+                here.parted[name] += address < meeting
+            elif name == "BSSY" and (target := _TARGET.search(rest)):
+                meeting = max(meeting, int(target[1], 16))
+    return listings
 
 
 def find_listing_faults(
-    counts: Mapping[str, Counter[str]], kernels: Mapping[str, Kernel], table: Table, arch: int
+    listings: Mapping[str, Listing], kernels: Mapping[str, Kernel], table: Table, arch: int
 ) -> list[str]:
     """Local memory is no fault of its own where the table has a stack."""
-    missing = [kernel for name, kernel in kernels.items() if name not in counts]
+    missing = [kernel for name, kernel in kernels.items() if name not in listings]
     faults = [f"{kernel.label} has no machine code for sm_{arch}" for kernel in missing]
-    for mangled, here in counts.items():
+    for mangled, listing in listings.items():
+        here = listing.counts
         kernel = kernels.get(mangled)
         label = kernel.label if kernel else mangled
         entry = table.entries.get(label)
@@ -463,6 +493,9 @@ def find_listing_faults(
             faults += [
                 f"{label} has no {what} ({name}) on sm_{arch}" for name, what in WANTED.items() if not here[name]
             ]
+        for places, where in ((listing.predicated, "under a predicate"), (listing.parted, "where lanes have parted")):
+            found = {name: places[name] for name in COLLECTIVE if places[name]}
+            faults += [f"{label} has {count} {name} {where} on sm_{arch}" for name, count in found.items()]
     return sorted(faults)
 
 
@@ -477,15 +510,15 @@ def find_disassembler() -> dict[str, str] | None:
     return {**os.environ, "PATH": path}
 
 
-def read_listing(arch: int, environment: dict[str, str]) -> dict[str, Counter[str]]:
+def read_listing(arch: int, environment: dict[str, str]) -> dict[str, Listing]:
     tool = shutil.which("cuobjdump", path=environment["PATH"])
     command = [str(tool), "-sass", "-arch", f"sm_{arch}", str(LIBRARY)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stdout is not None
-        counts = parse_listing(process.stdout)
+        listings = parse_listing(process.stdout)
     if process.returncode != 0:
         raise Trouble(f"{' '.join(command)} failed with exit status {process.returncode}")
-    return counts
+    return listings
 
 
 # ----------------------------------------------------------------------------------------------------------- the gate
@@ -531,11 +564,11 @@ def check(*, update: bool) -> Iterator[tuple[str, str]]:
     if ninja_log.exists():
         durations = read_ninja_log(ninja_log.read_text(encoding="utf-8")).values()
         needed = build_seconds(durations, BUILD_CORES)
-        verdict = "ok" if needed <= MAX_BUILD_S else "FAIL"
-        yield (
-            verdict,
-            f"a build of it all takes {needed:.0f} s with {BUILD_CORES} compilers at a time, of {MAX_BUILD_S}",
-        )
+        sentence = f"a build of it all takes {needed:.0f} s with {BUILD_CORES} compilers at a time, of {MAX_BUILD_S}"
+        if needed <= MAX_BUILD_S:
+            yield "ok", sentence
+        else:
+            yield "note", f"{sentence}, by the clock: too long if the machine had nothing else to do meanwhile"
 
     environment = find_disassembler()
     if environment is None:
@@ -549,7 +582,11 @@ def check(*, update: bool) -> Iterator[tuple[str, str]]:
         faults += find_listing_faults(read_listing(arch, environment), kernels, built, arch)
     yield from (("FAIL", fault) for fault in faults[before:])
     if len(faults) == before:
-        yield "ok", f"machine code: {', '.join(WANTED)} in every kernel with tiles, no {', no '.join(LOCAL)}"
+        yield (
+            "ok",
+            f"machine code: {', '.join(WANTED)} in every kernel with tiles, no {', no '.join(LOCAL)};"
+            f" {', '.join(COLLECTIVE)} by whole warps",
+        )
 
 
 def reason_to_skip() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,20 @@ struct PlainKernel {
     assert cuda_gate.describe("f::PlainKernel", constants, parameters) == "some"
 
 
+def on_all(*usages: Usage) -> tuple[Usage, ...]:
+    """The last one stands for all further architectures."""
+    return usages + usages[-1:] * (len(ARCHS) - len(usages))
+
+
 def entry(*registers: int, **more: Any) -> Entry:
-    return Entry(128, 2, 49152, tuple(Usage(count, **more) for count in registers))
+    return Entry(128, 2, 49152, on_all(*(Usage(count, **more) for count in registers)))
 
 
-BUILT = Table("13.0", {"forward bf16 D64": entry(168, 168, 160), "forward bf16 D128": entry(255, 255, 255)})
+BUILT = Table("13.0", {"forward bf16 D64": entry(168, 168, 160), "forward bf16 D128": entry(255)})
 
 
 def test_table_survives_writing() -> None:
-    entries = {**BUILT.entries, "odd": Entry(64, 1, 0, (Usage(40), Usage(40, 16), Usage(255, 8, 4, 12)))}
+    entries = {**BUILT.entries, "odd": Entry(64, 1, 0, on_all(Usage(40), Usage(40, 16), Usage(255, 8, 4, 12)))}
     text = cuda_gate.format_table(Table("13.0", entries))
     assert cuda_gate.parse_table(text) == Table("13.0", entries)
     labels = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
@@ -129,7 +135,7 @@ def test_table_survives_writing() -> None:
     assert "| 255 +8 stack +4/12 spilt |" in text
     with pytest.raises(cuda_gate.Trouble, match="no entry"):
         cuda_gate.parse_table(text.replace("| 168 | 168 |", "| 168 | 1 6 8 |"))
-    with pytest.raises(cuda_gate.Trouble, match="4 cells, not 7"):
+    with pytest.raises(cuda_gate.Trouble, match=f"4 cells, not {4 + len(ARCHS)}"):
         cuda_gate.parse_table(text + "| a | 1 | 2 | 3 |\n")
     with pytest.raises(cuda_gate.Trouble, match="of which CUDA"):
         cuda_gate.parse_table("")
@@ -146,7 +152,7 @@ def test_what_is_as_it_was_passes() -> None:
 def test_growth_fails() -> None:
     findings = compare({"forward bf16 D64": entry(168, 169, 160)})
     assert findings.failures == ["forward bf16 D64 takes 169 registers on sm_90, 168 before"]
-    findings = compare({"forward bf16 D128": entry(255, 255, 255, stack=8)})
+    findings = compare({"forward bf16 D128": entry(255, stack=8)})
     assert len(findings.failures) == len(ARCHS)
     assert findings.failures[0] == "forward bf16 D128 takes 8 bytes of stack on sm_80, 0 before"
     findings = compare({"forward bf16 D64": dataclasses.replace(entry(168, 168, 160), shared=65536)})
@@ -161,7 +167,7 @@ def test_less_is_remarked_upon() -> None:
 
 
 def test_kernels_come_and_go_by_the_table_alone() -> None:
-    assert compare({"backward": entry(255, 255, 255)}).failures == ["backward is not in the table"]
+    assert compare({"backward": entry(255)}).failures == ["backward is not in the table"]
     smaller = Table("13.0", {"forward bf16 D64": BUILT.entries["forward bf16 D64"]})
     failures = cuda_gate.compare(smaller, BUILT).failures
     assert failures == ["forward bf16 D128 is in the table, but was not built"]
@@ -178,7 +184,7 @@ def test_another_ptxas_may_take_more_registers() -> None:
 
 
 def test_no_table_excuses_a_spill() -> None:
-    spilling = Table("13.0", {"a": Entry(128, 2, 0, (Usage(255, 16, 4, 8), Usage(255), Usage(255)))})
+    spilling = Table("13.0", {"a": Entry(128, 2, 0, on_all(Usage(255, 16, 4, 8), Usage(255)))})
     faults = cuda_gate.find_faults(cuda_gate.Log(), spilling)
     assert faults == ["a spills on sm_80: 4 bytes of stores, 8 bytes of loads"]
 
@@ -186,13 +192,14 @@ def test_no_table_excuses_a_spill() -> None:
 def test_a_kernel_is_there_for_every_architecture() -> None:
     kernels = {COMBINE: Kernel("attention_combine bf16", Constants("attention_combine", 128, 1, 0))}
     log = cuda_gate.parse_log(LOG)
-    with pytest.raises(cuda_gate.Trouble, match="not compiled for sm_90: build without FASTATTN_CUDA_ARCHS"):
+    others = [arch for arch in ARCHS if arch not in (80, 120)]
+    names = ", ".join(f"sm_{arch}" for arch in others)
+    with pytest.raises(cuda_gate.Trouble, match=f"not compiled for {names}: build without FASTATTN_CUDA_ARCHS"):
         cuda_gate.make_table(log, kernels, "13.0")
-    log.usages[COMBINE, 90] = Usage(40, static_shared=512)
+    usages = {80: Usage(38), **dict.fromkeys(others, Usage(40, static_shared=512)), 120: Usage(44)}
+    log.usages |= {(COMBINE, arch): usages[arch] for arch in others}
     table = cuda_gate.make_table(log, kernels, "13.0")
-    assert table.entries == {
-        "attention_combine bf16": Entry(128, 1, 512, (Usage(38), Usage(40, static_shared=512), Usage(44)))
-    }
+    assert table.entries == {"attention_combine bf16": Entry(128, 1, 512, tuple(usages[arch] for arch in ARCHS))}
 
 
 def test_build_time(tmp_path: Path) -> None:
@@ -231,7 +238,8 @@ LISTING = f"""\
 
 
 def test_machine_code() -> None:
-    counts = cuda_gate.parse_listing(LISTING.splitlines())
+    listings = cuda_gate.parse_listing(LISTING.splitlines())
+    counts = {name: listing.counts for name, listing in listings.items()}
     assert counts == {FORWARD: {"LDGSTS": 1, "LDSM": 1, "HMMA": 2}, COMBINE: {"LDL": 1, "STL": 1}}
     kernels = {
         FORWARD: Kernel("forward", Constants("attention_forward", 128, 2, 49152, 128, 64)),
@@ -239,14 +247,48 @@ def test_machine_code() -> None:
         "absent": Kernel("absent", Constants("absent", 128, 1, 0)),
     }
     table = Table("13.0", {})
-    assert cuda_gate.find_listing_faults(counts, kernels, table, 90) == [
+    assert cuda_gate.find_listing_faults(listings, kernels, table, 90) == [
         "absent has no machine code for sm_90",
         "combine has 1 loads from local memory (LDL) on sm_90",
         "combine has 1 stores to local memory (STL) on sm_90",
     ]
-    del counts[FORWARD]["LDSM"], kernels["absent"]
-    table.entries["combine"] = Entry(128, 1, 0, (Usage(38), Usage(40, stack=8), Usage(38)))
-    assert cuda_gate.find_listing_faults(counts, kernels, table, 90) == ["forward has no matrix loads (LDSM) on sm_90"]
+    del listings[FORWARD].counts["LDSM"], kernels["absent"]
+    table.entries["combine"] = Entry(128, 1, 0, on_all(Usage(38), Usage(40, stack=8)))
+    assert cuda_gate.find_listing_faults(listings, kernels, table, 90) == [
+        "forward has no matrix loads (LDSM) on sm_90"
+    ]
+
+
+def test_machine_code_of_whole_warps() -> None:
+    """Not under a predicate of a lane's own, and not between the place where lanes may part and where they meet."""
+    lines = """\
+        /*0010*/                   SHFL.BFLY PT, R4, R4, 0x1, 0x1f ;
+        /*0020*/             @!UP0 BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0030*/              @!P0 LDSM.16.M88.4 R4, [R5] ;
+        /*0040*/               @PT HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0050*/                   BSSY.RECONVERGENT B0, 0x100 ;
+        /*0060*/               @P1 BRA 0xf0 ;
+        /*0070*/                   BSSY B1, 0x90 ;
+        /*0080*/                   BSYNC B1 ;
+        /*0090*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*00a0*/               @P2 SHFL.BFLY PT, R4, R4, 0x1, 0x1f ;
+        /*00f0*/                   BSYNC B0 ;
+        /*0100*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+"""
+    listings = cuda_gate.parse_listing([f"Function : {COMBINE}", *lines.splitlines()])
+    assert listings[COMBINE].predicated == Counter(LDSM=1, SHFL=1)
+    assert listings[COMBINE].parted == Counter(HMMA=1, SHFL=1)
+    kernels = {COMBINE: Kernel("combine", Constants("attention_combine", 128, 1, 0))}
+    assert cuda_gate.find_listing_faults(listings, kernels, Table("13.0", {}), 80) == [
+        "combine has 1 HMMA where lanes have parted on sm_80",
+        "combine has 1 LDSM under a predicate on sm_80",
+        "combine has 1 SHFL under a predicate on sm_80",
+        "combine has 1 SHFL where lanes have parted on sm_80",
+    ]
+    # What one function ends in says nothing of the next.
+    after = ["Function : next", "        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;"]
+    cut = [f"Function : {COMBINE}", *lines.splitlines()[:5], *after]
+    assert not cuda_gate.parse_listing(cut)["next"].parted.total()
 
 
 def test_without_nvcc_it_says_that_it_is_skipped(
