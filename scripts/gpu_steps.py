@@ -96,7 +96,8 @@ def load(device: str) -> Reports:
     print(info)
     obstacle = None if device == "cpu" else _cuda.obstacle(0)
     if obstacle is not None:
-        yield Report("failed", obstacle, {"cannot_load": _cuda.missing is not None})
+        is_too_old = torch.cuda.get_device_capability(0) < _cuda.OLDEST_CAPABILITY
+        yield Report("failed", obstacle, {"cannot_load": not is_too_old})
         return
     build = [f"{name}: {value}" for name, value in info.cuda_build.items()]
     yield Report(summary="; ".join(["loads", *build]), detail={"info": str(info)})

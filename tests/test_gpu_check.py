@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh: what it makes of its steps' output, that nothing found is lost, and a rehearsal without a GPU."""
+"""scripts/gpu_check.sh: what it makes of its steps' output, that nothing is lost, and a rehearsal without a GPU."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
         ),
         (Finished(1, REFUSED), "skipped", "compute-sanitizer refuses this device"),
         # The program's own words are no refusal.
-        (Finished(9, "float64 is not supported on this device\n" + MEMCHECK.format(3)), "failed", "3 errors; exit status 9"),
+        (Finished(9, "x is not supported on this device\n" + MEMCHECK.format(3)), "failed", "3 errors; exit status 9"),
     ],
-)  # fmt: skip
+)
 def test_what_compute_sanitizer_says(finished: Finished, status: str, summary: str) -> None:
     outcome = gpu_check.judge_sanitizer("memcheck", finished)
     assert (outcome.status, outcome.summary) == (status, summary)
@@ -207,12 +207,11 @@ def test_a_step_that_raises_takes_none_along(check: Check, tmp_path: Path) -> No
 
     def outcome(name: str, **found: Any) -> Callable[[], Outcome]:
         def step() -> Outcome:
-            seen.append(
-                [entry["name"] for path in tmp_path.glob("*.json") for entry in json.loads(path.read_text())["steps"]]
-            )
+            documents = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+            seen.append([entry["name"] for document in documents for entry in document["steps"]])
             return Outcome(name, **found)
 
-        return step  # fmt: skip
+        return step
 
     def broken() -> Outcome:
         raise RuntimeError(f"no words for it: {ROOT}/scripts")
