@@ -142,37 +142,33 @@ def prepare_sdpa(job: Job, inputs: Inputs) -> Prepared:
     return prepare_function(BASELINE, lambda q, k, v: sdpa(q, k, v, **arguments), job, inputs)
 
 
+def prepare_backend(name: str, backend: SDPBackend, job: Job, inputs: Inputs) -> Prepared:
+    """SDPA with one of its backends, and no other to fall back to."""
+    arguments = sdpa_arguments(job.case, inputs)
+    sdpa = F.scaled_dot_product_attention
+
+    def only_this() -> AbstractContextManager[Any]:
+        return sdpa_kernel(backend)
+
+    return prepare_function(name, lambda q, k, v: sdpa(q, k, v, **arguments), job, inputs, only_this)
+
+
 def prepare_math(job: Job, inputs: Inputs) -> Prepared:
     case, limit = job.case, MATH_SCORES_LIMIT_BYTES[job.device]
     if 4 * case.B * case.Hq * case.Lq * case.Lk > limit:
         raise Unsupported(f"its score matrix would exceed {limit >> 30} GiB")
-    arguments = sdpa_arguments(case, inputs)
-    sdpa = F.scaled_dot_product_attention
-
-    def only_math() -> AbstractContextManager[Any]:
-        return sdpa_kernel(SDPBackend.MATH)
-
-    return prepare_function("math", lambda q, k, v: sdpa(q, k, v, **arguments), job, inputs, only_math)
+    return prepare_backend("math", SDPBackend.MATH, job, inputs)
 
 
 def _backend(name: str, backend: SDPBackend) -> Callable[[Job, Inputs], Prepared]:
-    """SDPA with one of its backends, and no other to fall back to."""
+    """One of the fused backends, tried at once: where it does not serve, SDPA's own warnings say why."""
 
     def prepare(job: Job, inputs: Inputs) -> Prepared:
-        arguments = sdpa_arguments(job.case, inputs)
-        sdpa = F.scaled_dot_product_attention
-
-        def only_this() -> AbstractContextManager[Any]:
-            return sdpa_kernel(backend)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return sdpa(q, k, v, **arguments)
-
         prepared = None
         with warnings.catch_warnings(record=True) as reasons:
             warnings.simplefilter("always")
             try:
-                prepared = prepare_function(name, attend, job, inputs, only_this)
+                prepared = prepare_backend(name, backend, job, inputs)
                 prepared.results()
             except RuntimeError as refusal:
                 if not any(words in str(refusal) for words in ("No available kernel", "No viable backend")):
@@ -200,8 +196,12 @@ def why_refused(backend: SDPBackend, warned: list[str]) -> str:
 
 
 def prepare_flex(job: Job, inputs: Inputs) -> Prepared:
+    import torch._functorch.config as functorch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    # A backward pass that may overwrite what the forward pass saved refuses to run a second time, as timing has it do.
+    if hasattr(functorch, "donated_buffer"):
+        functorch.donated_buffer = False
     case, device = job.case, job.device
     if job.direction != "forward" and device == "cpu":
         raise Unsupported("FlexAttention on CPU has no backward")
