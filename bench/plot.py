@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 COLORS = {"float32": "#3b6fb6", "bfloat16": "#d9772b", "float16": "#3f9a6b"}
 ALPHA = {"forward": 1.0, "backward": 0.75, "step": 0.6}
 MARKERS = {"forward": "o", "step": "s", "backward": "s"}
-INK, FAINT = "#22262b", "#c9ced6"
+INK, MUTED, FAINT = "#22262b", "#5b6470", "#c9ced6"
 
 STYLE: Any = {
     "font.size": 9.5,
@@ -70,7 +70,7 @@ def _headline(figure: Any, title: str, machine: Machine, handles: list[Any]) -> 
     height = figure.get_size_inches()[1]
     figure.text(0.012, 1 - 0.14 / height, title, ha="left", va="top", fontsize=15, fontweight="bold")
     lines = "\n".join(machine.lines())
-    figure.text(0.012, 1 - 0.48 / height, lines, ha="left", va="top", fontsize=8, color="#5b6470")
+    figure.text(0.012, 1 - 0.48 / height, lines, ha="left", va="top", fontsize=8, color=MUTED)
     corner = (0.995, 1 - 0.06 / height)
     figure.legend(handles=handles, loc="upper right", bbox_to_anchor=corner, ncols=len(handles), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - HEAD_INCHES / height))
@@ -84,15 +84,19 @@ def plot_rows(path: Path, rows: Sequence[Row], machine: Machine) -> None:
         y = list(range(len(rows)))
         colors = [COLORS[row.job.dtype] for row in rows]
         alphas = [ALPHA[row.job.direction] for row in rows]
-        speedups = [row.speedup() or 1.0 for row in rows]
+        speedups = [row.speedup() for row in rows]
+        known = [speedup for speedup in speedups if speedup is not None]
         for position, speedup, color, alpha in zip(y, speedups, colors, alphas, strict=True):
+            if speedup is None:
+                left.annotate("no SDPA", (1, position), (4, 0), textcoords="offset points", va="center", color=MUTED)
+                continue
             left.barh(position, speedup - 1, left=1, height=0.68, color=color, alpha=alpha)
             place = max(speedup, 1.0)
             left.annotate(
                 f"{speedup:.1f}×", (place, position), (4, 0), textcoords="offset points", va="center", fontweight="bold"
             )
         left.set_xscale("log", base=2)
-        left.set_xlim(min(1.0, *speedups) * 0.97, max(2.0, *speedups) * 1.28)
+        left.set_xlim(min([1.0, *known]) * 0.97, max([2.0, *known]) * 1.28)
         left.xaxis.set_major_locator(LogLocator(base=2))
         left.xaxis.set_minor_locator(NullLocator())
         left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
