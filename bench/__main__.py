@@ -48,8 +48,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing for each case")
     parser.add_argument("--time-limit", type=float, metavar="S", help="cuda-targets: what is not reached is left out")
     parser.add_argument("--sweep-time", type=float, metavar="S", help="seconds for the sweep")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: a new file in bench/results/local")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG; default: beside the JSON")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: a new file in bench/results/local; rewritten after each row"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG, or none; default: beside the JSON")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and leave")
     parser.add_argument("--no-model", action="store_true", help="do not train the model of the default suite")
     options = parser.parse_args(arguments)

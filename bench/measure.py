@@ -28,6 +28,14 @@ class WrongResult(Exception):
     """A number that must not be timed."""
 
 
+class OursFailed(Exception):
+    """Ours raised where it should have computed."""
+
+
+def in_words(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+
+
 class Meter(Protocol):
     """What a device is measured with: bench/peak.py for CPUs, bench/cuda.py for GPUs."""
 
@@ -60,7 +68,7 @@ class Row:
     peak_gflops: float
     timings: dict[str, Timing] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)  # in units of the bound: 1 is the largest that is right
-    notes: dict[str, str] = field(default_factory=dict)  # why a peer has no timing
+    notes: dict[str, str] = field(default_factory=dict)  # why a peer has no timing, or lacks one of its figures
     flushed: dict[str, Timing] = field(default_factory=dict)  # on GPUs: timings with nothing in L2
     memory_bytes: dict[str, int] = field(default_factory=dict)  # Meter.peak_memory
 
@@ -121,11 +129,19 @@ def measure(
     *,
     on_step: Callable[[str], None] | None = None,
 ) -> Row:
-    """Raises WrongResult when our numbers are wrong; a peer with wrong numbers is noted and not timed."""
+    """Raises WrongResult when our numbers are wrong and OursFailed when we raise.
+
+    A peer that raises, at whatever stage, is noted and has no timing; so is one with wrong numbers, but for SDPA.
+    """
     say = on_step or (lambda _: None)
     inputs = job.make_inputs()
     pairs = visible_pairs(job.case, inputs)
     row = Row(job, meter.level, meter.threads, pairs, count_flop(job, pairs), count_bytes(job, inputs), 0.0)
+
+    def drop(name: str, failure: Exception) -> None:
+        if name == OURS:
+            raise OursFailed(f"{job.id}: {in_words(failure)}") from failure
+        row.notes[name] = f"failed: {in_words(failure)}"
 
     say("checking")
     expected = expected_results(job, inputs)
@@ -139,9 +155,7 @@ def measure(
             row.notes[peer.name] = str(reason)
             continue
         except Exception as failure:
-            if peer.name in (OURS, BASELINE):
-                raise
-            row.notes[peer.name] = f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+            drop(peer.name, failure)
             continue
         row.errors[peer.name] = error
         if error > 1 and peer.name == OURS:
@@ -155,12 +169,18 @@ def measure(
     say("peak")
     before = meter.measure(job.dtype)
     runners = [one.runner for one in prepared]
-    row.timings = interleave(runners, budget_s, clock=meter.clock, on_turn=say)
+    row.timings = interleave(runners, budget_s, clock=meter.clock, on_turn=say, on_failure=drop)
     row.peak_gflops = max(before, meter.measure(job.dtype))
+    runners = [runner for runner in runners if runner.name in row.timings]
     if meter.flushed_clock is not None:
-        row.flushed = interleave(runners, FLUSHED_SHARE * budget_s, clock=meter.flushed_clock, on_turn=say)
+        flushed_s = FLUSHED_SHARE * budget_s
+        row.flushed = interleave(runners, flushed_s, clock=meter.flushed_clock, on_turn=say, on_failure=drop)
     for runner in runners:
-        used = meter.peak_memory(runner)
+        try:
+            used = meter.peak_memory(runner)
+        except Exception as failure:
+            row.notes[runner.name] = f"its memory was not measured: {in_words(failure)}"
+            continue
         if used is not None:
             row.memory_bytes[runner.name] = used
     return row

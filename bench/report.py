@@ -199,7 +199,26 @@ def row_as_dict(row: Row) -> dict[str, Any]:
     }
 
 
+def row_line(row: Row) -> str:
+    """The row in short, for a log."""
+    parts = [f"{format_ms(row.timings[OURS].median_ms)} ms", f"{row.percent_of_peak():.0f}% of peak"]
+    parts += [f"{format_ratio(row.speedup(name))} x {name}" for name in row.timings if name != OURS]
+    return f"{row.job.id}: " + ", ".join(parts)
+
+
+def without_gaps(value: Any) -> Any:
+    """The same with null in the place of every number that JSON has no way to write: NaN, Infinity."""
+    if isinstance(value, dict):
+        return {key: without_gaps(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_gaps(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, machine: Machine, peaks: dict[str, float], sections: dict[str, Any]) -> None:
+    """All of it or nothing: who reads the file while it is rewritten, or after a kill, finds a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"schema": SCHEMA, "machine": machine.as_dict(), "peaks_gflops": peaks, **sections}
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(without_gaps(document), indent=2, allow_nan=False) + "\n")
+    part.replace(path)

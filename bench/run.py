@@ -1,10 +1,16 @@
-"""One run of the command: suites, their progress bars, and what they leave behind as JSON and plots."""
+"""One run of the command: suites, their progress, and what they leave behind as JSON and plots.
+
+The JSON is written again after each row, so that a run which is killed leaves what it had measured by then. Ctrl-C and
+SIGTERM end the measuring, and the run goes on to its tables, its JSON and its plots. Those come last of all.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -14,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from bench import cases, cuda, cuda_targets, machine, measure, model, peak, peers, plot, report, sweep, targets
+from bench import cases, cuda, cuda_targets, machine, measure, model, peak, peers, report, sweep, targets
 from bench.cases import Job
+from bench.progress import Progress
 
 RESULTS = Path(__file__).resolve().parent / "results" / "local"
+NO_PLOT = "none"
+SAVE_EVERY_S = 5.0  # in a sweep, which has a point every few milliseconds
 COMPILED_CASES = 2  # for which FlexAttention is compiled, some seconds each, where no peers are asked for
 
 
@@ -45,21 +53,35 @@ def chosen_groups(options: argparse.Namespace, groups: Collection[str]) -> list[
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A bar that counts steps, for as many as there will be."""
-    with tqdm(unit="step", leave=False, disable=None) as bar:
+def interrupted_by_sigterm() -> Iterator[None]:
+    """As by Ctrl-C."""
 
-        def say(step: str) -> None:
-            bar.set_postfix_str(step)
-            bar.update()
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
-        yield say
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def step_by_step(progress: Progress) -> Callable[[str], None]:
+    """Counts steps, for as many as there will be."""
+
+    def say(step: str) -> None:
+        progress.say(step)
+        progress.advance()
+
+    return say
 
 
 class Run:
     """One run of the command: what it has measured so far, for the JSON and the plots."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        started = time.monotonic()
+        self.deadline = started + (options.time_limit or math.inf)
         if options.threads:
             torch.set_num_threads(options.threads)
         if options.isa:
@@ -73,16 +95,43 @@ class Run:
         self.machine = machine.describe(self.peers, options.device)
         usual_budget_s = cuda_targets.BUDGET_S if self.on_gpu else 1.5
         self.budget_s = options.budget or (0.2 if options.quick else usual_budget_s)
-        self.sections: dict[str, Any] = {}
+        # Parts of the JSON, each asked for whenever it is written; an empty one is left out.
+        self.sections: dict[str, Callable[[], Any]] = {}
         self.failures: list[str] = []
-        self.plots: list[Path] = []
+        self.drawings: list[Callable[[], Path]] = []  # what is left to be drawn
+        self.plots: list[Path] = []  # those that are there
+        self.is_stopped = False
+        self.saved_at = -math.inf
         self.compiled_cases = 0
         stem = RESULTS / f"{options.suite}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         self.json = options.json or stem.with_suffix(".json")
-        self.plot = options.plot or self.json.with_suffix(".png")
+        self.plot: Path | None = options.plot or self.json.with_suffix(".png")
+        if str(self.plot) == NO_PLOT:
+            self.plot = None
+        elif importlib.util.find_spec("matplotlib") is None:
+            print("no plots: matplotlib is not installed", file=sys.stderr)
+            self.plot = None
+        self.save()  # whether it can be written is better known before than after the measuring
 
-    def second_plot(self, name: str) -> Path:
-        return self.plot.with_name(f"{self.plot.stem}-{name}{self.plot.suffix}")
+    def second_plot(self, name: str) -> Path | None:
+        return self.plot and self.plot.with_name(f"{self.plot.stem}-{name}{self.plot.suffix}")
+
+    def save(self, *, is_finished: bool = False) -> None:
+        sections = {name: section() for name, section in self.sections.items()}
+        sections = {name: section for name, section in sections.items() if section}
+        if not is_finished:
+            sections["unfinished"] = True
+        report.write_json(self.json, self.machine, self.meter.summary(), sections)
+        self.saved_at = time.monotonic()
+
+    @contextmanager
+    def until_stopped(self) -> Iterator[None]:
+        """What is measured within ends early when the command is told to end."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.is_stopped = True
+            self.failures.append("stopped before its end")
 
     def peers_of(self, job: Job) -> list[peers.Peer]:
         """All of them; those that compile only in a few cases, unless they were asked for."""
@@ -93,56 +142,93 @@ class Run:
         return [peer for peer in self.peers if compiling or not peer.compiles]
 
     def time_cases(self, jobs: list[Job]) -> None:
-        rows = []
-        with tqdm(jobs, unit="case", leave=False, disable=None) as bar:
-
-            def say(step: str) -> None:
-                bar.set_postfix_str(step)
-
-            for job in bar:
-                bar.set_description_str(job.id)
-                try:
-                    rows.append(measure.measure(job, self.peers_of(job), self.meter, self.budget_s, on_step=say))
-                except measure.WrongResult as wrong:
-                    self.failures.append(f"WRONG, not timed: {wrong}")
+        rows: list[measure.Row] = []
+        self.sections["rows"] = lambda: [report.row_as_dict(row) for row in rows]
+        with self.until_stopped(), Progress("case", len(jobs)) as progress:
+            for job in jobs:
+                progress.say(job.id)
+                row = self.time_case(job, progress)
+                if row is not None:
+                    rows.append(row)
+                    progress.result(report.row_line(row))
+                    self.save()
+                progress.advance()
         if not rows:
             return
         table = report.cuda_case_table(rows) if self.on_gpu else report.case_table(rows)
-        print(table, report.peer_table(rows), report.speedup_table(rows), sep="\n\n")
+        print(table, report.peer_table(rows), report.speedup_table(rows), sep="\n\n", flush=True)
         if self.options.peers is not None:
             print("\n" + "\n".join((*report.notes(rows), *self.absent)))
-        self.sections["rows"] = [report.row_as_dict(row) for row in rows]
-        self.plot_rows(rows)
+        self.draw_rows(rows)
 
-    def time_sweep(self, jobs: list[Job], total_s: float, plot_path: Path) -> None:
-        with tqdm(total=round(total_s), unit="s", leave=False, disable=None) as bar:
+    def time_case(self, job: Job, progress: Progress) -> measure.Row | None:
+        """None: it cannot be timed, and `failures` has the reason."""
+
+        def say(step: str) -> None:
+            progress.say(f"{job.id}: {step}")
+
+        reason = ""
+        try:
+            row = measure.measure(job, self.peers_of(job), self.meter, self.budget_s, on_step=say)
+            if peers.OURS in row.timings:
+                return row
+            reason = f"FAILED, not timed: {job.id}: {row.notes[peers.OURS]}"
+        except measure.WrongResult as wrong:
+            reason = f"WRONG, not timed: {wrong}"
+        except measure.OursFailed as failure:
+            reason = f"FAILED, not timed: {failure}"
+        except Exception as failure:  # no memory for the inputs, say: the other rows are wanted all the same
+            reason = f"FAILED, not timed: {job.id}: {measure.in_words(failure)}"
+        self.failures.append(reason)
+        progress.result(reason)
+        return None
+
+    def time_sweep(self, jobs: list[Job], total_s: float, plot_path: Path | None) -> None:
+        result = sweep.Sweep([], len(jobs))
+        self.sections["sweep"] = result.as_dict
+        started = time.monotonic()
+        with self.until_stopped(), Progress("s", round(total_s)) as progress:
 
             def on_point(point: sweep.Point) -> None:
-                bar.set_postfix_str(point.job.id)
-                bar.update(max(0, min(bar.total, round(bar.format_dict["elapsed"])) - bar.n))
+                progress.say(point.job.id)
+                progress.advance(to=round(time.monotonic() - started))
+                if time.monotonic() > self.saved_at + SAVE_EVERY_S:
+                    self.save()
 
-            result = sweep.run_sweep(jobs, total_s=total_s, on_point=on_point)
+            sweep.run_sweep(jobs, total_s=total_s, on_point=on_point, result=result)
         self.failures += [f"WRONG, not timed: {point.job.id}: {point.error}" for point in result.wrong()]
         self.report_sweep(result, plot_path)
 
-    def plot_rows(self, rows: list[measure.Row]) -> None:
-        plot.plot_rows(self.plot, rows, self.machine)
-        self.plots.append(self.plot)
+    def draw_later(self, path: Path | None, draw: Callable[[Any, Path], None]) -> None:
+        """draw: called with the module bench.plot, which needs matplotlib, and with the path."""
+        if path is None:
+            return
 
-    def report_sweep(self, result: sweep.Sweep, path: Path) -> None:
-        print(sweep.sweep_report(result))
-        self.sections["sweep"] = result.as_dict()
-        if result.right():
-            plot.plot_sweep(path, result.right(), self.machine)
-            self.plots.append(path)
+        def drawn() -> Path:
+            from bench import plot
+
+            draw(plot, path)
+            return path
+
+        self.drawings.append(drawn)
+
+    def draw_rows(self, rows: list[measure.Row]) -> None:
+        self.draw_later(self.plot, lambda plot, path: plot.plot_rows(path, rows, self.machine))
+
+    def report_sweep(self, result: sweep.Sweep, path: Path | None) -> None:
+        print(sweep.sweep_report(result), flush=True)
+        self.sections["sweep"] = result.as_dict
+        right = result.right()
+        if right:
+            self.draw_later(path, lambda plot, path: plot.plot_sweep(path, right, self.machine))
 
     def judge_targets(self) -> None:
         groups = chosen_groups(self.options, targets.GROUPS)
         sweep_s = self.options.sweep_time or (20 if self.options.quick else 180)
         assert isinstance(self.meter, peak.PeakMeter)
-        with progress() as say:
-            context = targets.Context(self.meter, self.budget_s, sweep_s, say)
-            judged = targets.run_targets(context, groups)
+        with Progress("step") as progress:
+            context = targets.Context(self.meter, self.budget_s, sweep_s, step_by_step(progress))
+            judged = self.collect_targets(targets.run_targets(context, groups), context.rows, progress)
         self.report_targets(judged, context.rows)
         if context.sweep:
             print()
@@ -150,39 +236,54 @@ class Run:
 
     def judge_cuda_targets(self) -> None:
         groups = chosen_groups(self.options, cuda_targets.GROUPS)
-        assert isinstance(self.meter, cuda.CudaMeter)
-        deadline = time.monotonic() + (self.options.time_limit or math.inf)
-        with progress() as say:
-            context = cuda_targets.Context(self.meter, self.budget_s, deadline, self.copy_gbytes, say)
-            judged = cuda_targets.run_targets(context, groups)
+        with Progress("step") as progress:
+            say = step_by_step(progress)
+            context = cuda_targets.Context(self.meter, self.budget_s, self.deadline, self.copy_gbytes, say)
+            judged = self.collect_targets(cuda_targets.run_targets(context, groups), context.rows, progress)
         if context.rows:
             print(report.cuda_case_table(context.rows), end="\n\n")
         self.report_targets(judged, context.rows)
+        self.failures += context.failures
+
+    def collect_targets(
+        self, judging: Iterator[targets.Target], rows: list[measure.Row], progress: Progress
+    ) -> list[targets.Target]:
+        """Those that `judging`, which fills `rows` as it goes, has come to when it ends or is stopped."""
+        judged: list[targets.Target] = []
+        self.sections["targets"] = lambda: [targets.target_as_dict(target) for target in judged]
+        self.sections["rows"] = lambda: [report.row_as_dict(row) for row in rows]
+        with self.until_stopped():
+            for target in judging:
+                judged.append(target)
+                progress.result(targets.target_line(target))
+                self.save()
+        return judged
 
     def report_targets(self, judged: list[targets.Target], rows: list[measure.Row]) -> None:
-        print(targets.target_table(judged))
+        print(targets.target_table(judged), flush=True)
         self.failures += [
             f"WRONG, not timed: {target.detail}"
             for target in judged
             if target.quantity == "right numbers" and target.measured is not None
         ]
-        self.sections["targets"] = [targets.target_as_dict(target) for target in judged]
         if rows:
-            self.sections["rows"] = [report.row_as_dict(row) for row in rows]
-            self.plot_rows(rows)
+            self.draw_rows(rows)
 
     def train(self) -> None:
         path = self.second_plot("model")
-        try:
-            self.sections["model"] = model.train_model(threads=self.threads, plot=path, smoke=self.options.quick)
-            self.plots.append(path)
-        except subprocess.CalledProcessError as failure:
-            self.failures.append(f"the model's training failed with exit status {failure.returncode}")
+        with self.until_stopped():
+            try:
+                result = model.train_model(threads=self.threads, plot=path, smoke=self.options.quick)
+            except subprocess.CalledProcessError as failure:
+                self.failures.append(f"the model's training failed with exit status {failure.returncode}")
+                return
+            self.sections["model"] = lambda: result
+            if path is not None:
+                self.plots.append(path)
 
     def finish(self) -> int:
-        if self.on_gpu:  # while it is still warm from the work
-            self.sections["gpu_at_the_end"] = cuda.query(*cuda.STATE)
-            self.sections["copy_gbytes_per_s"] = self.copy_gbytes
+        if isinstance(self.meter, cuda.CudaMeter):
+            self.ask_gpu(self.meter)
         peaks = self.meter.summary()
         if peaks and self.on_gpu:
             gemm = max(peaks.values()) / 1e3
@@ -192,17 +293,34 @@ class Run:
         elif peaks:
             listed = ", ".join(f"{key} {value:.0f} GFLOP/s" for key, value in peaks.items())
             print(f"\nLargest multiply-add peak measured in this run: {listed}")
-        report.write_json(self.json, self.machine, peaks, self.sections)
-        print(f"JSON: {self.json}")
+        self.save(is_finished=not self.is_stopped)
+        print(f"JSON: {self.json}", flush=True)
+        for drawing in self.drawings:
+            try:
+                self.plots.append(drawing())
+            except Exception as failure:  # a picture is not worth the numbers
+                print(f"a plot could not be drawn: {measure.in_words(failure)}", file=sys.stderr)
         for path in self.plots:
             print(f"Plot: {path}")
-        for failure in self.failures:
-            print(failure, file=sys.stderr)
+        for line in self.failures:
+            print(line, file=sys.stderr)
         return 1 if self.failures else 0
+
+    def ask_gpu(self, meter: cuda.CudaMeter) -> None:
+        """Its state under load, which takes a second."""
+        self.sections["copy_gbytes_per_s"] = lambda: self.copy_gbytes
+        if self.is_stopped:
+            return
+        try:
+            state = meter.state_under_load()
+        except RuntimeError as failure:  # a kernel that failed has taken the context with it
+            print(f"the GPU's state is not known: {measure.in_words(failure)}", file=sys.stderr)
+        else:
+            self.sections["gpu_under_load"] = lambda: state
 
 
 def run(options: argparse.Namespace) -> int:
-    """The exit status: 0; 1 where a number was wrong; 2 where there was nothing to do."""
+    """The exit status: 0; 1 where a number was wrong, a case failed or the run was stopped; 2 where none was begun."""
     groups: dict[str, Collection[str]] = {"targets": targets.GROUPS, "cuda-targets": cuda_targets.GROUPS}
     if options.suite in groups and options.list:
         print("\n".join(groups[options.suite]))
@@ -219,10 +337,17 @@ def run(options: argparse.Namespace) -> int:
         return 2
     try:
         run = Run(options)
-    except (ValueError, RuntimeError) as failure:  # an instruction set or a peer that does not exist
+    except (ValueError, RuntimeError, OSError) as failure:  # an instruction set, a peer or a folder that does not exist
         print(failure, file=sys.stderr)
         return 2
     print("\n".join(run.machine.lines()), end="\n\n", flush=True)
+    with interrupted_by_sigterm():
+        run_suite(run, jobs)
+        return run.finish()
+
+
+def run_suite(run: Run, jobs: list[Job]) -> None:
+    options = run.options
     if options.suite == "targets":
         run.judge_targets()
     elif options.suite == "cuda-targets":
@@ -232,11 +357,10 @@ def run(options: argparse.Namespace) -> int:
     else:
         run.time_cases(jobs)
         narrowed = options.case or options.dtype or options.direction
-        if options.suite == "default" and not narrowed and not run.on_gpu:
+        if options.suite == "default" and not narrowed and not run.on_gpu and not run.is_stopped:
             print(flush=True)
             shapes = sweep.candidates(sdpa_cap_s=0.02)
             run.time_sweep(shapes, options.sweep_time or (3 if options.quick else 20), run.second_plot("sweep"))
-            if not options.no_model:
+            if not options.no_model and not run.is_stopped:
                 print(flush=True)
                 run.train()
-    return run.finish()

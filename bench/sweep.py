@@ -170,9 +170,13 @@ def run_sweep(
     total_s: float,
     budget_s: float = 0.03,
     on_point: Callable[[Point], None] | None = None,
+    result: Sweep | None = None,
 ) -> Sweep:
-    """Measures jobs in order until the time is over; each at least briefly, the bad ones twice."""
-    sweep = Sweep([], len(jobs))
+    """Measures jobs in order until the time is over; each at least briefly, the bad ones twice.
+
+    result: an empty one, to be filled, for who wants to see it before the end.
+    """
+    sweep = Sweep([], len(jobs)) if result is None else result
     deadline = time.monotonic() + total_s
     for job in jobs:
         if time.monotonic() > deadline:

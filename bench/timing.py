@@ -110,23 +110,44 @@ def interleave(
     rounds: int = 10,
     min_rounds: int = 3,
     on_turn: Callable[[str], None] | None = None,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Times the runners in turns A B C A B C ..., each for an equal slot of the budget and at least `min_rounds` calls.
 
-    A runner whose single call takes longer than the whole budget, and long by any measure, has one turn only.
+    A runner whose single call takes longer than the whole budget, and long by any measure, has one turn only. One that
+    raises has no timing, and the others go on, where there is an `on_failure` to hear of it.
     """
     clock = clock or WallClock()
+    failed: set[str] = set()
+
+    @contextmanager
+    def dropping(runner: Runner) -> Iterator[None]:
+        try:
+            yield
+        except Exception as failure:
+            if on_failure is None:
+                raise
+            failed.add(runner.name)
+            on_failure(runner.name, failure)
+
     with without_garbage_collection():
-        estimates = {runner.name: clock.estimate(runner) for runner in runners}
+        estimates: dict[str, float] = {}
+        for runner in runners:
+            with dropping(runner):
+                estimates[runner.name] = clock.estimate(runner)
+        runners = [runner for runner in runners if runner.name in estimates]
+        if not runners:
+            return {}
         slot_s = budget_s / (rounds * len(runners))
         round_s = sum(max(slot_s, estimates[runner.name]) for runner in runners)
         turns = max(min_rounds, min(rounds, int(budget_s / round_s)))
         samples: dict[str, list[float]] = {runner.name: [] for runner in runners}
         for turn in range(turns):
             for runner in runners:
-                if turn and estimates[runner.name] > max(budget_s, LONG_CALL_S):
+                if runner.name in failed or (turn and estimates[runner.name] > max(budget_s, LONG_CALL_S)):
                     continue
                 if on_turn:
                     on_turn(runner.name)
-                samples[runner.name] += clock.take_turn(runner, estimates[runner.name], slot_s)
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+                with dropping(runner):
+                    samples[runner.name] += clock.take_turn(runner, estimates[runner.name], slot_s)
+    return {name: Timing(tuple(values)) for name, values in samples.items() if name not in failed}

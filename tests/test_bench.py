@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import math
+import os
+import platform
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import measure, peers, report, sweep, targets, timing
+from bench import machine, measure, peers, report, sweep, targets, timing
 from bench.__main__ import main
 from bench.cases import DTYPES, Job, count_bytes, count_flop, default_jobs, full_jobs, interval_mask, visible_pairs
 from bench.memory import measure_memory
 from bench.peak import PeakMeter
 from fastattn import reference
-from tests.cases import BENCH_CASES, Case, bench_case
+from tests.cases import BENCH_CASES, Case, Inputs, bench_case
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,6 +144,96 @@ def test_a_wrong_peer_is_noted_and_left_out() -> None:
     assert row.gflops() == pytest.approx(4 * 2 * 16 * 16 * 8 / (1e6 * row.timings["fastattn"].median_ms))
 
 
+def _failing_at(call: int, prepare: Callable[[Job, Inputs], peers.Prepared]) -> Callable[[Job, Inputs], peers.Prepared]:
+    """The same, but the call of that number, and each after it, raises."""
+
+    def prepare_failing(job: Job, inputs: Inputs) -> peers.Prepared:
+        right, calls = prepare(job, inputs), itertools.count(1)
+
+        def fail() -> Any:
+            if next(calls) >= call:
+                raise torch.OutOfMemoryError("out of memory.\nMore words")
+            return right.runner.call()
+
+        return peers.Prepared(replace(right.runner, call=fail), right.results)
+
+    return prepare_failing
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+@pytest.mark.parametrize("name", ["sdpa", "math"])
+def test_a_peer_that_fails_while_it_is_timed_is_left_out(name: str, call: int) -> None:
+    chosen = [peers.PEERS[peer] for peer in ("fastattn", "sdpa", "math")]
+    chosen = [replace(peer, prepare=_failing_at(call, peer.prepare)) if peer.name == name else peer for peer in chosen]
+    row = measure.measure(Job(Case(256, 256, D=32)), chosen, PeakMeter(1), 0.01)
+    assert set(row.timings) == {"fastattn", "sdpa", "math"} - {name}
+    assert row.notes == {name: "failed: OutOfMemoryError: out of memory."}
+    assert (row.speedup() is None) == (name == "sdpa")
+    assert "fp32-forward" in report.case_table([row])
+    assert report.row_as_dict(row)["notes"] == row.notes
+
+
+def test_a_baseline_that_cannot_be_prepared_is_left_out() -> None:
+    def fail(job: Job, inputs: Inputs) -> peers.Prepared:
+        raise RuntimeError("no")
+
+    chosen = [peers.PEERS["fastattn"], replace(peers.PEERS["sdpa"], prepare=fail)]
+    row = measure.measure(Job(Case(16, 16, D=8)), chosen, PeakMeter(1), 0.01)
+    assert set(row.timings) == {"fastattn"}
+    assert row.notes == {"sdpa": "failed: RuntimeError: no"}
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_ours_that_fails_ends_the_case(call: int) -> None:
+    ours, sdpa = peers.PEERS["fastattn"], peers.PEERS["sdpa"]
+    chosen = [replace(ours, prepare=_failing_at(call, ours.prepare)), sdpa]
+    with pytest.raises(measure.OursFailed, match="^fp32-forward-dense-Lq16-Lk16-D8: OutOfMemoryError"):
+        measure.measure(Job(Case(16, 16, D=8)), chosen, PeakMeter(1), 0.01)
+
+
+def test_memory_that_cannot_be_measured_costs_no_timing() -> None:
+    class Meter(PeakMeter):
+        def peak_memory(self, runner: timing.Runner) -> int | None:
+            raise torch.OutOfMemoryError("full")
+
+    row = measure.measure(Job(Case(16, 16, D=8)), [peers.PEERS["fastattn"], peers.PEERS["sdpa"]], Meter(1), 0.01)
+    assert set(row.timings) == {"fastattn", "sdpa"}
+    assert row.notes["fastattn"] == "its memory was not measured: OutOfMemoryError: full"
+
+
+def test_json_is_whole_and_strict(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    here = machine.describe([])
+    report.write_json(path, here, {"a": math.inf}, {"rows": [{"x": (1.5, math.nan)}], "n": 3})
+    document = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert document["peaks_gflops"] == {"a": None}
+    assert document["rows"] == [{"x": [1.5, None]}]
+    assert document["n"] == 3
+    with pytest.raises(TypeError):
+        report.write_json(path, here, {}, {"rows": object()})
+    assert json.loads(path.read_text()) == document
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_system_is_named_without_its_release() -> None:
+    assert machine.describe([]).system == f"{platform.system()} {platform.machine()}"
+
+
+def test_a_row_without_sdpa_is_drawn_without_a_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import plot
+
+    texts: list[str] = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: texts.extend(t.get_text() for t in figure.axes[0].texts))
+    with_both = measure.measure(
+        Job(Case(16, 16, D=8)), [peers.PEERS["fastattn"], peers.PEERS["sdpa"]], PeakMeter(1), 0.01
+    )
+    alone = measure.measure(Job(Case(16, 16, D=8)), [peers.PEERS["fastattn"]], PeakMeter(1), 0.01)
+    plot.plot_rows(tmp_path / "x.png", [alone, with_both], machine.describe([]))
+    assert texts[0] == "no SDPA"
+    assert texts[1].endswith("×")
+    plot.plot_rows(tmp_path / "x.png", [alone], machine.describe([]))
+
+
 def test_turns_alternate() -> None:
     turns: list[str] = []
     runners = [timing.Runner(name, lambda: sum(range(3000))) for name in "ab"]
@@ -235,7 +333,7 @@ def test_a_wrong_number_is_a_missed_target(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(targets, "measure", wrong)
     context = targets.Context(PeakMeter(1), 0.01, 1.0, lambda step: None)
-    judged = targets.run_targets(context, ["table"])
+    judged = list(targets.run_targets(context, ["table"]))
     assert len(judged) == len(targets.TABLE)
     assert {target.verdict for target in judged} == {"MISSED"}
 
@@ -334,3 +432,96 @@ def test_sweep_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 0 < len(points) <= document["sweep"]["candidates"]
     assert all(point["ratio"] == point["sdpa_us"] / point["ours_us"] for point in points)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+SHORT_RUN = ["--quick", "--case", "fp32-forward-topleft-Lq512", "--budget", "0.01"]
+
+
+@pytest.mark.parametrize("stop", ["ctrl-c", "sigterm"])
+def test_a_run_that_is_stopped_keeps_what_it_has(
+    stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, seen = tmp_path / "result.json", []
+    right = measure.measure
+
+    def stopped_in_the_second(*args: Any, **kwargs: Any) -> measure.Row:
+        if seen:
+            document = json.loads(out.read_text())
+            assert [row["id"] for row in document["rows"]] == seen
+            assert document["unfinished"]
+            if stop == "ctrl-c":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+        row = right(*args, **kwargs)
+        seen.append(row.job.id)
+        return row
+
+    monkeypatch.setattr(measure, "measure", stopped_in_the_second)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = ["--quick", "--case", "fp32-.*-topleft-Lq512", "--budget", "0.01", "--json", str(out)]
+    assert main([*arguments, "--plot", str(tmp_path / "seen.png")]) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+    text, log = capsys.readouterr()
+    assert f"JSON: {out}\nPlot: {tmp_path / 'seen.png'}\n" in text
+    assert "Times faster than PyTorch SDPA" in text
+    assert "stopped before its end" in log
+    assert log.startswith(f"{seen[0]}: ")  # as it came
+    document = json.loads(out.read_text())
+    assert document["unfinished"]
+    assert [row["id"] for row in document["rows"]] == seen
+    assert len(seen) == 1
+
+
+def test_a_plot_that_fails_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import plot
+
+    out = tmp_path / "result.json"
+
+    def fail(*args: Any) -> None:
+        assert not json.loads(out.read_text()).get("unfinished")
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(plot, "plot_rows", fail)
+    assert main([*SHORT_RUN, "--json", str(out)]) == 0
+    text, log = capsys.readouterr()
+    assert f"JSON: {out}" in text
+    assert "Plot: " not in text
+    assert "a plot could not be drawn: RuntimeError: no font" in log
+
+
+def test_no_plot_is_drawn_where_none_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "result.json"
+    assert main([*SHORT_RUN, "--json", str(out), "--plot", "none"]) == 0
+    assert list(tmp_path.iterdir()) == [out]
+    assert "Plot: " not in capsys.readouterr().out
+
+
+def test_a_json_that_cannot_be_written_is_told_before_the_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "measure", lambda *args, **kwargs: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    assert main([*SHORT_RUN, "--json", str(tmp_path / "file" / "result.json")]) == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_tqdm_and_matplotlib_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    out = tmp_path / "result.json"
+    assert main([*SHORT_RUN, "--json", str(out)]) == 0
+    log = capsys.readouterr().err
+    assert "no progress bar: tqdm is not installed" in log
+    assert "no plots: matplotlib is not installed" in log
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_benchmark_starts_without_tqdm_and_matplotlib() -> None:
+    code = "import sys; sys.modules.update(tqdm=None, matplotlib=None); import bench.run"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,8 +53,27 @@ class Gpu:
         self.log.append("wait")
 
     def _sleep(self, cycles: int) -> None:
-        assert cycles > 0
+        assert 0 < cycles <= cuda.CYCLES_PER_S * cuda.MAX_SLEEP_S
         self.log.append("sleep")
+        self.slept_s = cycles / cuda.CYCLES_PER_S
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_capability(self, device: torch.device) -> tuple[int, int]:
+        return 9, 0
+
+    def get_device_properties(self, device: Any) -> Any:
+        return SimpleNamespace(L2_cache_size=3 << 20, uuid="6f4a-11")
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.memory_allocated()
+
+    def memory_allocated(self) -> int:
+        return 100
+
+    def max_memory_allocated(self) -> int:
+        return self.peak + 7 * self.log.count("call")
 
 
 def runner_of(gpu: Gpu) -> timing.Runner:
@@ -67,9 +89,9 @@ def runner_of(gpu: Gpu) -> timing.Runner:
 def test_calls_back_to_back() -> None:
     """One sample is the mean of several short calls, and the host is ahead of the GPU from the start."""
     gpu = Gpu()
-    samples = cuda.CudaClock(gpu=gpu).take_turn(
-        runner_of(gpu), estimate_s=timing.SAMPLE_S / 3, slot_s=2 * timing.SAMPLE_S
-    )
+    clock = cuda.CudaClock(gpu=gpu)
+    clock.host_s["ours"] = 1e-6
+    samples = clock.take_turn(runner_of(gpu), estimate_s=timing.SAMPLE_S / 3, slot_s=2 * timing.SAMPLE_S)
     sample = ["event", "call", "call", "call", "event"]
     assert gpu.log == ["(", "wait", "sleep", *sample, *sample, "wait", ")"]
     assert samples == [1 / 3, 1 / 3]
@@ -79,6 +101,7 @@ def test_calls_after_a_flush() -> None:
     """What flushes L2 lies outside of what is timed, and every call has its own."""
     gpu = Gpu()
     clock = cuda.CudaClock(lambda: gpu.log.append("flush"), gpu)
+    clock.host_s["ours"] = 1e-6
     samples = clock.take_turn(runner_of(gpu), estimate_s=1e-5, slot_s=2.5e-5)
     sample = ["flush", "event", "call", "event"]
     assert gpu.log == ["(", "wait", "sleep", *sample, *sample, "wait", ")"]
@@ -101,6 +124,21 @@ def test_a_turn_is_neither_empty_nor_longer_than_the_queue(estimate_s: float) ->
     assert 1 <= gpu.log.count("call") <= cuda.MAX_CALLS
 
 
+@pytest.mark.parametrize("flushes", [False, True])
+@pytest.mark.parametrize("host_s", [1e-6, 1e-4, 1e-2, 10.0])
+def test_the_wait_before_a_turn_is_no_longer_than_the_turn(host_s: float, flushes: bool) -> None:
+    gpu = Gpu()
+    clock = cuda.CudaClock((lambda: None) if flushes else None, gpu)
+    clock.host_s["ours"] = host_s
+    samples = clock.take_turn(runner_of(gpu), estimate_s=5e-6, slot_s=6e-3)
+    calls = gpu.log.count("call")
+    assert calls % len(samples) == 0
+    one_call = cuda.PATIENCE * host_s
+    assert gpu.slept_s == pytest.approx(min(cuda.MAX_SLEEP_S, one_call * calls), rel=1e-3)
+    assert gpu.slept_s <= max(6e-3, one_call) * 1.001
+    assert clock.host_s["ours"] < 1e-2  # as it was this time
+
+
 def test_what_nvidia_smi_answers() -> None:
     names = ("clocks.sm", "power.draw", "temperature.gpu")
     assert cuda.parse_query(names, "1980, 345.21, 41\n") == {
@@ -109,8 +147,63 @@ def test_what_nvidia_smi_answers() -> None:
         "temperature.gpu": "41",
     }
     assert cuda.parse_query(names, "1980, [N/A], 41\n1, 2, 3\n") == {"clocks.sm": "1980", "temperature.gpu": "41"}
+    for nothing in ("[Not Supported]", "[Unknown Error]", "[N/A]", "[GPU requires reset]"):
+        assert cuda.parse_query(names, f"{nothing}, 345.21, {nothing}") == {"power.draw": "345.21"}
     assert cuda.parse_query(names, "No devices were found\n") == {}
     assert cuda.parse_query(names, "") == {}
+
+
+def test_nvidia_smi_is_asked_for_the_gpu_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda.gpu_id(Gpu()) == "GPU-6f4a-11"
+    monkeypatch.setattr(Gpu, "get_device_properties", lambda self, device: SimpleNamespace())
+    assert cuda.gpu_id(Gpu()) == "0"
+
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$3" = --id=GPU-7 ] && echo "1980, 41"\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(cuda, "gpu_id", lambda: "GPU-7")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert cuda.query("clocks.sm", "temperature.gpu") == {"clocks.sm": "1980", "temperature.gpu": "41"}
+    monkeypatch.setattr(cuda, "gpu_id", lambda: "GPU-8")
+    assert cuda.query("clocks.sm", "temperature.gpu") == {}
+
+
+def test_what_flushes_a_cache_is_larger_than_it() -> None:
+    written = cuda.make_flush(torch.device("cpu"), Gpu())()
+    assert written.nbytes == 4 * (3 << 20)
+    assert bool((written == 1).all())
+
+
+def test_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "GEMM_SIZE", 64)
+    monkeypatch.setattr(cuda, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(cuda, "WARM_UP_S", 0.02)
+    gpu = Gpu()
+    meter = cuda.CudaMeter(gpu, torch.device("cpu"))
+    assert meter.level == "sm_90"
+    assert meter.summary() == {}
+    # Each of the stub's events is a millisecond after the last: so long does a call take there.
+    assert meter.measure("float32") == pytest.approx(2 * 64**3 / 1e6)
+    assert meter.measure_copy() == pytest.approx(2 * (1 << 16) / 1e6)
+    assert meter.summary() == {"bfloat16 GEMM": pytest.approx(2 * 64**3 / 1e6)}
+    gpu.log.clear()
+    assert meter.peak_memory(runner_of(gpu)) == 7
+    assert gpu.log == ["wait", "(", "call", ")", "wait"]
+    assert {meter.clock.flush is None, meter.flushed_clock.flush is None} == {True, False}
+
+    loads: list[int] = []
+
+    def query(*names: str) -> dict[str, str]:
+        before = gpu.log.count("wait")
+        deadline = time.monotonic() + 10
+        while gpu.log.count("wait") < before + 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        loads.append(gpu.log.count("wait") - before)
+        return dict.fromkeys(names, "1")
+
+    monkeypatch.setattr(cuda, "query", query)
+    assert meter.state_under_load() == dict.fromkeys(cuda.STATE, "1")
+    assert loads[0] >= 2  # it works on while it is asked
 
 
 # ------------------------------------------------------------------------------------------------------------- cases
@@ -263,6 +356,9 @@ class WholeMeter(Meter, cuda.CudaMeter):
     def measure_copy(self) -> float:
         return 4000.0
 
+    def state_under_load(self) -> dict[str, str]:
+        return {"clocks.sm": "1755"}
+
 
 GPU = cuda.Gpu("NVIDIA H200", "90", 132, 140 << 30, 60 << 20, "580.1", "13.0", "91000", {"clocks.sm": "1980"})
 
@@ -282,6 +378,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_targets, "on_cuda", shrink)
     monkeypatch.setattr(cuda_targets, "LENGTHS", cuda_targets.LENGTHS[:1])
     monkeypatch.setattr(cuda_targets, "BENCH_CASES", cuda_targets.BENCH_CASES[:2])
+    # In the place of what compiles for a minute: SDPA, which on a CPU has a backward pass too.
+    flex = replace(peers.PEERS["flex"], prepare=lambda job, inputs: rename(peers.prepare_sdpa(job, inputs), "flex"))
+    monkeypatch.setitem(peers.PEERS, "flex", flex)
+
+
+def rename(prepared: peers.Prepared, name: str) -> peers.Prepared:
+    return replace(prepared, runner=replace(prepared.runner, name=name))
 
 
 def test_table_and_json() -> None:
@@ -317,10 +420,10 @@ def test_a_cpu_has_no_flushed_times() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("group", ["forward", "backward", "decode", "features", "table"])
+@pytest.mark.parametrize("group", list(cuda_targets.GROUPS))
 def test_targets(group: str) -> None:
     context = make_context()
-    judged = cuda_targets.run_targets(context, [group])
+    judged = list(cuda_targets.run_targets(context, [group]))
     assert judged
     assert len(context.rows) == len(judged)
     assert not [target for target in judged if target.quantity == "right numbers"]
@@ -333,40 +436,111 @@ def test_targets(group: str) -> None:
         assert len(judged) == len(cuda_targets.DECODE_BATCHES)
         assert all(target.measured is not None and 0 < target.measured < 75 for target in judged)  # of 4 TB/s
         assert "of 4000; sdpa " in judged[0].detail
+    elif group == "flex":
+        assert [row.job.direction for row in context.rows] == ["forward", "backward"] * 2 + ["forward"]
+        assert {target.quantity for target in judged} == {"x FlexAttention, compiled"}
+        assert {target.goal for target in judged} == {1.0}
+        assert all(target.measured is not None and "; sdpa 0; flex 0" in target.detail for target in judged)
     else:
         assert {target.quantity for target in judged} == {"x SDPA"}
         assert {target.goal for target in judged} == {2.0 if group == "features" else 1.0}
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_a_backend_that_does_not_serve_is_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cuda_targets.FLASH_GOALS, "forward", 1.0)
+def test_a_backend_that_does_not_serve_is_no_target() -> None:
     (target,) = cuda_targets.judge(make_context(), cuda_targets.training_jobs("forward")[:1], (), {"cudnn": 1.0})
     assert target.verdict == "not measured"
     assert target.detail.startswith("cudnn: not served")
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_time_is_limited_and_failures_do_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    judged = cuda_targets.run_targets(make_context(deadline=time.monotonic() - 1), list(cuda_targets.GROUPS))
+def test_time_is_limited() -> None:
+    judged = list(cuda_targets.run_targets(make_context(deadline=time.monotonic() - 1), list(cuda_targets.GROUPS)))
     assert {target.verdict for target in judged} == {"not measured"}
     assert {target.detail for target in judged} == {"the time was over"}
 
+    # Enough for what does not compile.
+    context = make_context(deadline=time.monotonic() + cuda_targets.COMPILING_JOB_S)
+    judged = list(cuda_targets.run_targets(context, ["flex", "decode"]))
+    compiling, others = judged[:5], judged[5:]
+    assert {target.detail for target in compiling} == {"the time was over"}
+    assert len(context.rows) == len(others) == len(cuda_targets.DECODE_BATCHES)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("raised", "verdict", "detail", "failures"),
+    [
+        (torch.OutOfMemoryError("full.\nMore"), "not measured", ": failed: OutOfMemoryError: full.", 0),
+        (measure.OursFailed("x: RuntimeError: no"), "not measured", ": ours failed: x: RuntimeError: no", 3),
+        (measure.WrongResult("off"), "MISSED", "off", 0),
+    ],
+    ids=["anything else", "ours", "wrong"],
+)
+def test_failures_do_not_end_the_run(
+    raised: Exception, verdict: str, detail: str, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nMore words")
+        raise raised
 
     monkeypatch.setattr(cuda_targets, "measure", fail)
-    judged = cuda_targets.run_targets(make_context(), ["decode"])
-    assert [target.verdict for target in judged] == ["MISSED"] * len(cuda_targets.DECODE_BATCHES)
-    assert judged[0].detail.endswith("failed: OutOfMemoryError: CUDA out of memory.")
-
-    def wrong(*args: Any, **kwargs: Any) -> None:
-        raise measure.WrongResult("off")
-
-    monkeypatch.setattr(cuda_targets, "measure", wrong)
-    judged = cuda_targets.run_targets(make_context(), ["forward"])
-    assert {(target.quantity, target.verdict) for target in judged} == {("right numbers", "MISSED")}
+    context = make_context()
+    judged = list(cuda_targets.run_targets(context, ["decode"]))
+    assert {(target.quantity, target.verdict) for target in judged} == {("right numbers", verdict)}
+    assert {target.detail for target in judged} == {detail.removeprefix(": ")}
+    assert len(context.failures) == failures
     assert "right numbers" in targets.target_table(judged)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_baseline_that_fails_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call of SDPA has no memory left; the target that is against another peer is judged all the same."""
+
+    def prepare(job: Job, inputs: Any) -> peers.Prepared:
+        right = peers.prepare_sdpa(job, inputs)
+
+        def fail() -> None:
+            raise torch.OutOfMemoryError("full")
+
+        return replace(right, runner=replace(right.runner, call=fail))
+
+    monkeypatch.setitem(peers.PEERS, "sdpa", replace(peers.PEERS["sdpa"], prepare=prepare))
+    context = make_context()
+    jobs = cuda_targets.training_jobs("forward")[:1]
+    forward = list(cuda_targets.judge(context, jobs, (), {"flash": 1.0}))
+    assert {target.verdict for target in forward} <= {"met", "MISSED"}
+    (feature,) = cuda_targets.judge(context, jobs, (), {"sdpa": 2.0})
+    assert (feature.quantity, feature.verdict) == ("x SDPA", "not measured")
+    assert feature.detail.startswith("sdpa: failed: OutOfMemoryError: full; ")
+    assert context.failures == []
+    assert "flash" in report.cuda_case_table(context.rows)
+
+
+# -------------------------------------------------------------------------------------------------- FlexAttention
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(40, 40, D=16, causal="top_left", gqa=2),
+        Case(40, 56, D=16, causal="bottom_right", window=(9, 0)),
+        Case(20, 33, D=16, B=2, mask="b11k", mask_values="padding"),
+        Case(1, 40, D=16, gqa=4),
+    ],
+    ids=lambda case: case.id,
+)
+def test_what_flex_is_given(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled it computes the same, slowly; and it may run a backward pass as often as timing has it do."""
+    import torch._functorch.config as functorch
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    job = Job(case)
+    inputs = job.make_inputs()
+    with functorch.patch(donated_buffer=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = peers.prepare_flex(job, inputs).results()
+        assert functorch.donated_buffer is False
+    assert measure.error_in_bounds(job, results, measure.expected_results(job, inputs)) <= 1
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -409,7 +583,8 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     out = tmp_path / "targets.json"
     arguments = ["--suite", "cuda-targets", "--case", "forward,decode", "--budget", "0.005", "--json", str(out)]
     assert main(arguments) == 0
-    text = capsys.readouterr().out
+    text, log = capsys.readouterr()
+    assert len(log.splitlines()) == 4 + len(cuda_targets.DECODE_BATCHES)  # each target as it came
     assert text.startswith(
         "NVIDIA H200 (sm_90, 132 multiprocessors, 140 GiB, 60 MiB of L2); driver 580.1; clocks.sm 1980\n"
     )
@@ -421,6 +596,8 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert document["peaks_gflops"] == {"bfloat16 GEMM": 800e3}
     assert document["copy_gbytes_per_s"] == 4000.0
     assert len(document["targets"]) == len(document["rows"]) == 4 + len(cuda_targets.DECODE_BATCHES)
+    assert document["gpu_under_load"] == {"clocks.sm": "1755"}
+    assert "unfinished" not in document
     assert all("flushed" in row["results"]["fastattn"] for row in document["rows"])
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="takes as --case one or more of forward,backward,decode"):
