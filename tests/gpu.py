@@ -4,6 +4,10 @@ pytest: scripts/gpu_steps.py needs it too.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +36,18 @@ MIXED = [
     Case(1, 4000, D=128, Hkv=2, gqa=8),
     Case(3, 2000, D=64, B=2, gqa=2, bias="b11k", kv_lengths=(2000, 777)),
 ]
+
+
+def triton_obstacle() -> str | None:
+    """Why Inductor cannot compile for a GPU here; None = it can. Triton compiles C code of its own against Python.h."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which Inductor needs for a GPU, is not installed"
+    compiler = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([compiler] if compiler else ["gcc", "clang"])):
+        return "Triton needs a C compiler, and there is none"
+    if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        return "Triton needs Python.h, and it is missing (python3-dev)"
+    return None
 
 
 def moved(x: Tensor, device: torch.device = DEVICE) -> Tensor:
