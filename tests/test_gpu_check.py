@@ -382,19 +382,29 @@ def test_compute_sanitizer_looks_at_our_kernels() -> None:
     assert sum(text.count("__global__ ") for text in sources) == 1
 
 
+def every_kernel() -> set[str]:
+    """Their names, from the sources."""
+    headers = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))]
+    values = [value for text in headers for value in re.findall(r"\bkName = ([^;]*);", text)]
+    return {name for value in values for name in re.findall(r'"(\w+)"', value)}
+
+
 @pytest.mark.parametrize("multiprocessors", [20, 132])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_compute_sanitizer_sees_every_kernel(dtype: torch.dtype, multiprocessors: int) -> None:
     from .emulated import compute_emulated
 
-    headers = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))]
-    values = [value for text in headers for value in re.findall(r"\bkName = ([^;]*);", text)]
-    every = {name for value in values for name in re.findall(r'"(\w+)"', value)}
     launched = {"dropout_mask"}  # by an operator of its own
     for case in gpu_steps.sanitized_cases():
         _, ran = compute_emulated(make_inputs(case, dtype), multiprocessors=multiprocessors)
         launched |= {name for run in ran.values() for name in run["kernels"]}
-    assert launched == every
+    assert launched == every_kernel()
+
+
+def test_the_documentation_names_every_kernel() -> None:
+    page = (ROOT / "docs" / "cuda-kernels.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert every_kernel() <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 # -------------------------------------------------------------------------------------------------------- rehearsals
