@@ -98,8 +98,7 @@ class Run:
         # Parts of the JSON, each asked for whenever it is written; an empty one is left out.
         self.sections: dict[str, Callable[[], Any]] = {}
         self.failures: list[str] = []
-        self.drawings: list[Callable[[], Path]] = []  # what is left to be drawn
-        self.plots: list[Path] = []  # those that are there
+        self.drawings: list[Callable[[], Path]] = []  # each leaves a plot
         self.is_stopped = False
         self.saved_at = -math.inf
         self.compiled_cases = 0
@@ -279,7 +278,7 @@ class Run:
                 return
             self.sections["model"] = lambda: result
             if path is not None:
-                self.plots.append(path)
+                self.drawings.append(lambda: path)  # the example has drawn it
 
     def finish(self) -> int:
         if isinstance(self.meter, cuda.CudaMeter):
@@ -297,11 +296,9 @@ class Run:
         print(f"JSON: {self.json}", flush=True)
         for drawing in self.drawings:
             try:
-                self.plots.append(drawing())
+                print(f"Plot: {drawing()}", flush=True)
             except Exception as failure:  # a picture is not worth the numbers
                 print(f"a plot could not be drawn: {measure.in_words(failure)}", file=sys.stderr)
-        for path in self.plots:
-            print(f"Plot: {path}")
         for line in self.failures:
             print(line, file=sys.stderr)
         return 1 if self.failures else 0
