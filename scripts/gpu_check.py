@@ -104,7 +104,8 @@ def run_together(
     processes: list[subprocess.Popen[bytes]] = []
     grace_s = 0.0
     try:
-        processes += [start(command, log, environment) for command, log in commands]
+        for command, log in commands:
+            processes.append(start(command, log, environment))  # each is known before the next one starts
         statuses: list[int | None] = [wait(process, deadline) for process in processes]
         grace_s = GRACE_S
     finally:  # where a signal came, without grace
