@@ -72,7 +72,9 @@ def _gpu_obstacle(capability: tuple[int, int]) -> str | None:
     driver = driver_version()
     # A driver runs what later minor versions of its CUDA built, but nothing of a later major one.
     if driver is not None and driver < ((toolkit := toolkit_version())[0], 0):
-        return "the NVIDIA driver is for CUDA {}.{}, and the kernels were built with CUDA {}.{}".format(*driver, *toolkit)
+        return "the NVIDIA driver is for CUDA {}.{}, and the kernels were built with CUDA {}.{}".format(
+            *driver, *toolkit
+        )
     return None
 
 

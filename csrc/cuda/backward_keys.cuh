@@ -105,10 +105,12 @@ struct BackwardKeysKernel {
 
       float s[kM][kN][4], dp[kM][kN][4];
       set_zero(s);
-      gemm_nt<TileKV, TileQ, true>(s, a_fragment_address<TileKV>(k_tile, warp_row()), b_fragment_address<TileQ>(q_tile));
+      gemm_nt<TileKV, TileQ, true>(s, a_fragment_address<TileKV>(k_tile, warp_row()),
+                                   b_fragment_address<TileQ>(q_tile));
       set_zero(dp);
       if constexpr (kWantsDk) {
-        gemm_nt<TileKV, TileQ, true>(dp, a_fragment_address<TileKV>(v_tile, warp_row()), b_fragment_address<TileQ>(d_o_tile));
+        gemm_nt<TileKV, TileQ, true>(dp, a_fragment_address<TileKV>(v_tile, warp_row()),
+                                     b_fragment_address<TileQ>(d_o_tile));
       }
 
       const int h = hkv * group + step / tiles, i0 = (m_begin + step % tiles) * kBlockM;
