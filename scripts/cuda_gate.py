@@ -5,9 +5,10 @@
 
 Fails on: a warning; a spill; a kernel that takes more registers or more stack than the table says, or that the table
 does not have, or that is missing; a build of other architectures than setup.py's own; a library that takes more than
-60 MB of a wheel, or compilers that kept two cores busy for more than ten minutes, by the clock. Where CUDA's disassembler is installed (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`) it
-also looks into the machine code: tensor core products, matrix loads and asynchronous copies in every kernel that works
-on tiles, local memory in none, and no instruction of a whole warp where some of its lanes may be elsewhere.
+60 MB of a wheel, or compilers that kept two cores busy for more than ten minutes, by the clock. Where CUDA's
+disassembler is installed (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`) it also looks into the machine
+code: tensor core products, matrix loads and asynchronous copies in every kernel that works on tiles, local memory in
+none, and no instruction of a whole warp where some of its lanes may be elsewhere.
 
 No GPU is needed. Without nvcc there is nothing to check, and it says so.
 """
