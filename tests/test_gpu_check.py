@@ -144,9 +144,13 @@ def test_where_the_result_goes(tmp_path: Path) -> None:
     assert (place.path("NVIDIA H200", when), place.logs) == (tmp_path / "a.json", tmp_path / "a-logs")
 
 
-def test_the_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
-    text = f'{ROOT}/tests/a.py:7 in {tmp_path}/logs, not {ROOT}-old; "{os.path.expanduser("~")}/b"; /x{tmp_path}'
-    assert gpu_check.without_paths(text, tmp_path) == f'./tests/a.py:7 in OUT/logs, not {ROOT}-old; "~/b"; /x{tmp_path}'
+def test_the_result_names_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "ROOT", Path("/srv/house"))
+    monkeypatch.setattr(gpu_check.tempfile, "gettempdir", lambda: "/scratch")
+    monkeypatch.setenv("HOME", "/home/me")
+    text = '/srv/house/tests/a.py:7 in /scratch/run/logs, not /srv/house-old; "/home/me/b"; /x/scratch/run; /scratch/c'
+    clean = './tests/a.py:7 in OUT/logs, not /srv/house-old; "~/b"; /x/scratch/run; TMP/c'
+    assert gpu_check.without_paths(text, Path("/scratch/run")) == clean
 
 
 def test_what_was_checked_is_named() -> None:
