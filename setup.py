@@ -88,14 +88,14 @@ def default_jobs() -> int:
     return max(1, min(cores, available // JOB_MEMORY_BYTES))
 
 
-class Wheel(bdist_wheel):  # type: ignore[misc]
+class Wheel(bdist_wheel):
     """The library links nothing of Python's, so that the wheel is for every Python 3, on one platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
 
 
-class Build(BuildExtension):  # type: ignore[misc]
+class Build(BuildExtension):
     """torch's own way for the CPU library, scripts/cuda_build.py's for the CUDA library."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ class Progress:
         if not self.on_terminal:
             return
         try:
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
         except ImportError:
             print("no progress bar: tqdm is not installed", file=sys.stderr)
         else:

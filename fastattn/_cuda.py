@@ -92,7 +92,11 @@ def driver_version() -> tuple[int, int] | None:
 
 def build_info() -> dict[str, str]:
     """What the loaded library says of itself: "cuda" (the toolkit, "13.0") and "cuda archs" ("80 90 +ptx80")."""
-    text: str = torch.ops.fastattn._cuda_build_info()
+    return parse_build_info(torch.ops.fastattn._cuda_build_info())
+
+
+def parse_build_info(text: str) -> dict[str, str]:
+    """Lines "key: value", as either library describes itself."""
     return dict(line.split(": ", 1) for line in text.splitlines())
 
 

@@ -81,7 +81,7 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         cuda=_cuda_state(),
         cuda_build={} if _cuda.missing else _cuda_build(),
-        build=_lines(ops._build_info()),
+        build=_cuda.parse_build_info(ops._build_info()),
         provider=_provider.state(),
         sdpa_replaced=_sdpa._switch.active,
     )
@@ -96,11 +96,6 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _lines(text: str) -> dict[str, str]:
-    """Lines "key: value", as the libraries describe themselves."""
-    return dict(line.split(": ", 1) for line in text.splitlines())
 
 
 def _cuda_build() -> dict[str, str]:

@@ -20,7 +20,6 @@ import heapq
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cuda_build
+from cuda_listing import COLLECTIVE, LOCAL, WANTED, Listing, find_disassembler, read_listing
 
 ROOT = cuda_build.ROOT
 TABLE = ROOT / "docs" / "cuda-resources.md"
@@ -434,44 +434,6 @@ def newer_source() -> str:
 
 # -------------------------------------------------------------------------------------------------- the machine code
 
-WANTED = {"HMMA": "tensor core products", "LDSM": "matrix loads", "LDGSTS": "asynchronous copies"}
-LOCAL = {"LDL": "loads from local memory", "STL": "stores to local memory"}
-# All lanes of a warp together, or what they give is undefined: the products, the loads, shuffles and barriers.
-COLLECTIVE = ("HMMA", "LDSM", "SHFL", "BAR")
-
-_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@(!?\w+)\s+)?([A-Z0-9]+)(.*)")
-_TARGET = re.compile(r"0x([0-9a-f]+) ;")
-
-
-@dataclass
-class Listing:
-    """How often what is looked for occurs in a kernel's machine code."""
-
-    counts: Counter[str] = field(default_factory=Counter)  # of WANTED and LOCAL
-    # Of COLLECTIVE: those under a predicate of each lane's own, and those between the place where lanes may part (BSSY)
-    # and the one where they meet again (the address that it names). Code that was moved out of between is not seen.
-    predicated: Counter[str] = field(default_factory=Counter)
-    parted: Counter[str] = field(default_factory=Counter)
-
-
-def parse_listing(lines: Iterable[str]) -> dict[str, Listing]:
-    """By function, what `cuobjdump -sass` prints."""
-    listings: dict[str, Listing] = {}
-    here, meeting = Listing(), 0
-    for line in lines:
-        if "Function :" in line:
-            here, meeting = listings.setdefault(line.split(":", 1)[1].strip(), Listing()), 0
-        elif found := _INSTRUCTION.match(line):
-            address, predicate, name, rest = int(found[1], 16), found[2] or "PT", found[3], found[4]
-            if name in WANTED or name in LOCAL:
-                here.counts[name] += 1
-            if name in COLLECTIVE:
-                here.predicated[name] += re.fullmatch(r"!?P\d+", predicate) is not None  # UP0 is the whole warp's
-                here.parted[name] += address < meeting
-            elif name == "BSSY" and (target := _TARGET.search(rest)):
-                meeting = max(meeting, int(target[1], 16))
-    return listings
-
 
 def find_listing_faults(
     listings: Mapping[str, Listing], kernels: Mapping[str, Kernel], table: Table, arch: int
@@ -495,28 +457,6 @@ def find_listing_faults(
             found = {name: places[name] for name in COLLECTIVE if places[name]}
             faults += [f"{label} has {count} {name} {where} on sm_{arch}" for name, count in found.items()]
     return sorted(faults)
-
-
-def find_disassembler() -> dict[str, str] | None:
-    """The environment in which cuobjdump finds nvdisasm; None where either is missing. On PATH, or PyPI's packages."""
-    folders = [os.environ.get("PATH", "")]
-    roots = {*site.getsitepackages(), site.getusersitepackages()}
-    folders += [str(path) for root in sorted(roots) for path in sorted(Path(root).glob("nvidia/*/bin"))]
-    path = os.pathsep.join(folders)
-    if not all(shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")):
-        return None
-    return {**os.environ, "PATH": path}
-
-
-def read_listing(arch: int, environment: dict[str, str]) -> dict[str, Listing]:
-    tool = shutil.which("cuobjdump", path=environment["PATH"])
-    command = [str(tool), "-sass", "-arch", f"sm_{arch}", str(LIBRARY)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
-        assert process.stdout is not None
-        listings = parse_listing(process.stdout)
-    if process.returncode != 0:
-        raise Trouble(f"{' '.join(command)} failed with exit status {process.returncode}")
-    return listings
 
 
 # ----------------------------------------------------------------------------------------------------------- the gate
@@ -577,7 +517,11 @@ def check(*, update: bool) -> Iterator[tuple[str, str]]:
         return
     before = len(faults)
     for arch in ARCHS:
-        faults += find_listing_faults(read_listing(arch, environment), kernels, built, arch)
+        try:
+            listings = read_listing(LIBRARY, arch, environment)
+        except RuntimeError as failure:
+            raise Trouble(str(failure)) from None
+        faults += find_listing_faults(listings, kernels, built, arch)
     yield from (("FAIL", fault) for fault in faults[before:])
     if len(faults) == before:
         yield (

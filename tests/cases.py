@@ -387,11 +387,13 @@ def _combinations(count: int = 140) -> list[Case]:
     def maybe(chance: float, value: Any, otherwise: Any = None) -> Any:
         return value if dice.random() < chance else otherwise
 
+    def side() -> int | None:
+        return dice.choice((None, 0, 3, 40))
+
     cases = []
     for _ in range(count):
         B, D = dice.choice((1, 2)), dice.choice((4, 16, 33, 64))
         Lq, Lk = dice.choice((1, 4, 17, 64, 90, 130)), dice.choice((1, 16, 50, 65, 128, 200))
-        side = lambda: dice.choice((None, 0, 3, 40))  # noqa: E731
         layouts = ("contiguous", "blhd", "offset", "columns")
         cases.append(
             Case(

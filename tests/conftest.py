@@ -12,8 +12,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+import torch.nn.functional as F
 
-import fastattn  # noqa: F401  (loads the operators)
+import fastattn
 from fastattn import _cuda
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -53,6 +54,20 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sdpa_left_alone() -> Iterator[None]:
+    """Calls of scaled_dot_product_attention are counted from 0, and PyTorch's function is in its place afterwards."""
+    before = F.scaled_dot_product_attention
+    fastattn.sdpa_calls(reset=True)
+    yield
+    assert F.scaled_dot_product_attention is before, "a test left the replacement in place"
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

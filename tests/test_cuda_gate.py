@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import cuda_gate  # noqa: E402
 from cuda_gate import ARCHS, Constants, Entry, Kernel, Table, Usage  # noqa: E402
+from cuda_listing import parse_listing  # noqa: E402
 
 COMBINE = "_ZN8fastattn4cuda12kernel_entryINS0_13CombineKernelILNS_5DTypeE1EEEEEvNT_6ParamsE"
 FORWARD = (
@@ -238,7 +239,7 @@ LISTING = f"""\
 
 
 def test_machine_code() -> None:
-    listings = cuda_gate.parse_listing(LISTING.splitlines())
+    listings = parse_listing(LISTING.splitlines())
     counts = {name: listing.counts for name, listing in listings.items()}
     assert counts == {FORWARD: {"LDGSTS": 1, "LDSM": 1, "HMMA": 2}, COMBINE: {"LDL": 1, "STL": 1}}
     kernels = {
@@ -275,7 +276,7 @@ def test_machine_code_of_whole_warps() -> None:
         /*00f0*/                   BSYNC B0 ;
         /*0100*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
 """
-    listings = cuda_gate.parse_listing([f"Function : {COMBINE}", *lines.splitlines()])
+    listings = parse_listing([f"Function : {COMBINE}", *lines.splitlines()])
     assert listings[COMBINE].predicated == Counter(LDSM=1, SHFL=1)
     assert listings[COMBINE].parted == Counter(HMMA=1, SHFL=1)
     kernels = {COMBINE: Kernel("combine", Constants("attention_combine", 128, 1, 0))}
@@ -288,7 +289,7 @@ def test_machine_code_of_whole_warps() -> None:
     # What one function ends in says nothing of the next.
     after = ["Function : next", "        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;"]
     cut = [f"Function : {COMBINE}", *lines.splitlines()[:5], *after]
-    assert not cuda_gate.parse_listing(cut)["next"].parted.total()
+    assert not parse_listing(cut)["next"].parted.total()
 
 
 def test_without_nvcc_it_says_that_it_is_skipped(

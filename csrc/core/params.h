@@ -46,20 +46,21 @@ struct AttentionParams {
 
   double dropout_p = 0.0;  // in [0, 1]
   uint64_t seed = 0, offset = 0;
-  // The CUDA engine alone: (seed, offset) in device memory, contiguous, in place of the two numbers above. The host does
-  // not know them: to fetch them would wait for the device, and a captured CUDA graph would replay one mask for ever.
+  // The CUDA engine alone: (seed, offset) in device memory, contiguous, in place of the two numbers above. The host
+  // does not know them: to fetch them would wait for the device, and a captured CUDA graph would replay one mask for
+  // ever.
   const int64_t* rng_state = nullptr;
 
-  // Results. lse, row_max and row_sum are contiguous [B, Hq, Lq] in the accumulator type; a null pointer is not written.
-  // row_max and row_sum stay apart because lse = row_max + log(row_sum) loses log(row_sum) once row_max is as large as
-  // a finite mask value, and the backward pass would then be wrong by a factor of up to Lk.
+  // Results. lse, row_max and row_sum are contiguous [B, Hq, Lq] in the accumulator type; a null pointer is not
+  // written. row_max and row_sum stay apart because lse = row_max + log(row_sum) loses log(row_sum) once row_max is as
+  // large as a finite mask value, and the backward pass would then be wrong by a factor of up to Lk.
   void* o = nullptr;  // [B, Hq, Lq, Dv]
   int64_t o_stride[3] = {};
   void* lse = nullptr;
   void* row_max = nullptr;  // max over the visible scores and the sink, -inf for a row that sees nothing
   void* row_sum = nullptr;  // sum of exp(score - row_max), the sink's included, 0 for a row that sees nothing
-  // The backward pass takes a row_sum of exactly 1 to say that one key, or the sink, has all of the row's weight, so that no
-  // gradient flows through its scores. Who has only lse passes (lse - log 2, 2).
+  // The backward pass takes a row_sum of exactly 1 to say that one key, or the sink, has all of the row's weight, so
+  // that no gradient flows through its scores. Who has only lse passes (lse - log 2, 2).
 };
 
 // In the backward pass o, row_max and row_sum of `forward` are inputs (lse is not used), forward.o has its own strides.

@@ -1,4 +1,5 @@
-// Score modifiers, each with its derivative beside its value. They act in this order: scale, softcap, bias, ALiBi, mask.
+// Score modifiers, each with its derivative beside its value. They act in this order: scale, softcap, bias, ALiBi,
+// mask.
 #pragma once
 
 #include "core/macros.h"

@@ -1,4 +1,5 @@
-// Online softmax: the state (m, l) of a row, m = max of the scores seen, l = sum of exp(score - m), and its exact merge.
+// Online softmax: the state (m, l) of a row, m = max of the scores seen, l = sum of exp(score - m), and its exact
+// merge.
 // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, section 3.)
 #pragma once
 

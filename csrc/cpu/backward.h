@@ -1,4 +1,5 @@
-// Fused attention, backward: dq, dk, dv, and the gradients of bias and sinks, from o, row_max and row_sum of the forward.
+// Fused attention, backward: dq, dk, dv, and the gradients of bias and sinks, from o, row_max and row_sum of the
+// forward.
 //
 //   P  = exp(S - row_max) / row_sum          dV += (P * Z)^T dO          Z = dropout: 0 or 1 / (1 - p)
 //   dP = dO V^T * Z                          dS  = P * (dP - delta)      delta_i = dO_i . O_i - d_lse_i
@@ -196,8 +197,8 @@ struct BackwardPanel {
   }
 };
 
-// Which part of a contraction over the tile's rows (or keys) a group of keys (or rows) needs: all of it, or, where the mask
-// geometry cuts the tile, what is visible.
+// Which part of a contraction over the tile's rows (or keys) a group of keys (or rows) needs: all of it, or, where the
+// mask geometry cuts the tile, what is visible.
 template <class Operands, bool kOverRows>
 struct TileUnits {
   const MaskGeometry* g;  // null: all of it
@@ -287,8 +288,8 @@ inline void add_d_bias(const AttentionGradParams& gp, const Tile& t, const float
   }
 }
 
-// Takes rows with a single weight of 1 out of dO^T, so that their dP is 0, as their delta is. Without it the rounding of o
-// to 16 bits would leave a gradient where there is none, as for every row when Lk = 1.
+// Takes rows with a single weight of 1 out of dO^T, so that their dP is 0, as their delta is. Without it the rounding
+// of o to 16 bits would leave a gradient where there is none, as for every row when Lk = 1.
 template <class Operands>
 inline void clear_saturated_rows(float* d_ot, const bool* is_saturated, int64_t rows, int64_t Dv) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -337,8 +338,8 @@ inline float prepare_statistics(const AttentionGradParams& gp, int64_t b, int64_
   return d_sink;
 }
 
-// A tile that the mask geometry cuts: each vector of rows takes only the keys that one of its rows sees; the rest of the
-// tile weighs nothing, and must say so, for the products that follow read it in groups of keys and of rows.
+// A tile that the mask geometry cuts: each vector of rows takes only the keys that one of its rows sees; the rest of
+// the tile weighs nothing, and must say so, for the products that follow read it in groups of keys and of rows.
 template <class Operands>
 inline void run_trimmed(const MaskGeometry& g, const Tile& tile, const BackwardPanel<Operands>& panel) {
   const BackwardScratch& scratch = panel.scratch;

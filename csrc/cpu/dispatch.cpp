@@ -180,8 +180,8 @@ int64_t broadcast_elements(const AttentionParams& p, const int64_t (&stride)[4])
   return elements;
 }
 
-// With one query per head, the query heads that share a key head become the rows of one: they then share each read of its
-// keys, and fill the lanes. Only where nothing but the length tells heads and rows apart.
+// With one query per head, the query heads that share a key head become the rows of one: they then share each read of
+// its keys, and fill the lanes. Only where nothing but the length tells heads and rows apart.
 AttentionParams heads_as_rows(const AttentionParams& p) {
   const bool sees_all = p.causal != Causal::kTopLeft && p.window_left == kUnlimited && p.window_right == kUnlimited;
   const bool is_plain =

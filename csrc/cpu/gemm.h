@@ -35,8 +35,8 @@ struct Bf16Pair {
 };
 #endif
 
-// How a product meets what C holds. It is summed by itself first: a running sum as starting value would have every product
-// rounded at the size of the whole sum, an error that does not fall with the length as it does for plain code.
+// How a product meets what C holds. It is summed by itself first: a running sum as starting value would have every
+// product rounded at the size of the whole sum, an error that does not fall with the length as it does for plain code.
 enum class Output {
   kReplace,        // C = product
   kAdd,            // C = C + product
@@ -51,8 +51,8 @@ FASTATTN_FN constexpr int row_major_rows(int vectors) {
   if (kPanelVectors == 2) return vectors == 1 ? 8 : 6;
   return vectors == 1 || vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
 }
-// Column-major A has a multiple of kColumnRows rows, so that padded operands serve all kernels. Six rows leave a rest of
-// four or two, for which there are kernels too.
+// Column-major A has a multiple of kColumnRows rows, so that padded operands serve all kernels. Six rows leave a rest
+// of four or two, for which there are kernels too.
 constexpr int kColumnRows = 8;
 FASTATTN_FN constexpr int column_major_rows(int vectors) {
   if (kPanelVectors == 2) return vectors == 1 ? 8 : 6;
@@ -139,8 +139,8 @@ struct UnitSpan {
   int64_t begin, end;
 };
 
-// All `rows` rows of row-major A, C += product over the units that span(first_row, row_count) gives for each group. A and
-// C are padded to a multiple of row_major_rows(NV) rows.
+// All `rows` rows of row-major A, C += product over the units that span(first_row, row_count) gives for each group. A
+// and C are padded to a multiple of row_major_rows(NV) rows.
 template <class Unit, int NV, class Span>
 FASTATTN_FN void gemm_row_major_accumulate(const char* a, int64_t a_stride, int64_t rows, const char* b,
                                            int64_t b_stride, float* c, int64_t c_stride, const Span& span) {

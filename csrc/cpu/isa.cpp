@@ -14,7 +14,8 @@ namespace {
 constexpr const char* kNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 #if defined(__x86_64__)
-// The register state that the operating system saves: CPUID says what the processor can do, XCR0 what a program may use.
+// The register state that the operating system saves: CPUID says what the processor can do, XCR0 what a program may
+// use.
 uint64_t saved_state() {
   uint32_t low, high;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

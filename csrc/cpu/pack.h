@@ -57,8 +57,8 @@ struct Arena {
   }
 };
 
-// Blocks of rows are transposed panel by panel: [panel][column][kPanelRows], each panel contiguous, since columns a whole
-// block apart would fall into the same few sets of the first-level cache.
+// Blocks of rows are transposed panel by panel: [panel][column][kPanelRows], each panel contiguous, since columns a
+// whole block apart would fall into the same few sets of the first-level cache.
 constexpr int64_t kPanelRows = kPanelVectors * kLanes;
 
 // Offset of row r of a transposed block that has `columns` columns; its columns lie kPanelRows apart.

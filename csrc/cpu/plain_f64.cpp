@@ -8,8 +8,9 @@
 //   ds_j  = p_j (dp_j - delta + d_lse)            d_sink = p_sink (-delta + d_lse)         d_bias_j = ds_j
 //   dq    = scale sum_j ds_j cap'_j k_j           dk_j += scale ds_j cap'_j q              dv_j += z_j p_j do
 //
-// A key is left out (never read, never multiplied by a zero) when the geometry, the key length or the boolean mask hides
-// it. A score of -inf, which only an infinite bias brings about, hides its key from everything that follows as well.
+// A key is left out (never read, never multiplied by a zero) when the geometry, the key length or the boolean mask
+// hides it. A score of -inf, which only an infinite bias brings about, hides its key from everything that follows as
+// well.
 #include "cpu/plain.h"
 
 #include <atomic>
@@ -262,8 +263,9 @@ void plain_forward_f64(const AttentionParams& params, const Parallel& parallel) 
   });
 }
 
-// One task owns the heads that add into the same elements: the group of query heads of a KV head, and all the batches or
-// all the heads as well where the bias is broadcast over them. A sum's order is then the program's, not the threads'.
+// One task owns the heads that add into the same elements: the group of query heads of a KV head, and all the batches
+// or all the heads as well where the bias is broadcast over them. A sum's order is then the program's, not the
+// threads'.
 void plain_backward_f64(const AttentionGradParams& params, const Parallel& parallel) {
   const AttentionParams& p = params.forward;
   const int64_t group = p.Hkv == 0 ? 0 : p.Hq / p.Hkv;

@@ -1,8 +1,8 @@
 // Heads with a handful of queries and keys, forward and backward.
 //
-// With so few rows the tiles of forward.h and backward.h would hold mostly padding. Here lanes are head dims: a score is
-// a dot product, and every other product a sum of rows. Scores are few, so their modifiers are plain scalar code; the
-// semantics are those of core/params.h, all of them.
+// With so few rows the tiles of forward.h and backward.h would hold mostly padding. Here lanes are head dims: a score
+// is a dot product, and every other product a sum of rows. Scores are few, so their modifiers are plain scalar code;
+// the semantics are those of core/params.h, all of them.
 #pragma once
 
 #include <string.h>
@@ -17,9 +17,9 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-// Up to this many scores dot products win over tiles. Of 1024 heads with D = 64 (float32, AVX-512, one core), 1 x 1 took
-// 0.07 ms against 0.48 forward and 0.13 against 1.19 backward; 4 x 4, 0.35 against 0.58 and 0.63 against 1.66; 8 x 8, 1.01
-// against 0.71 and 2.0 against 3.0.
+// Up to this many scores dot products win over tiles. Of 1024 heads with D = 64 (float32, AVX-512, one core), 1 x 1
+// took 0.07 ms against 0.48 forward and 0.13 against 1.19 backward; 4 x 4, 0.35 against 0.58 and 0.63 against 1.66; 8 x
+// 8, 1.01 against 0.71 and 2.0 against 3.0.
 constexpr int64_t kSmallScores = 64;
 constexpr int64_t kSmallScoresForward = 36;
 FASTATTN_FN bool is_small_forward(const AttentionParams& p) { return p.Lq * p.Lk <= kSmallScoresForward; }

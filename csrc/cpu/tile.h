@@ -1,7 +1,7 @@
 // What happens to a tile of scores between the two matrix products: masks, bias, softcap, ALiBi, dropout.
 //
-// A tile holds nk keys by kBlockRows query rows, [key][row], row-contiguous. A mask is one 64-bit word per key, bit r for
-// row r, whatever it came from: intervals, a tensor, or both.
+// A tile holds nk keys by kBlockRows query rows, [key][row], row-contiguous. A mask is one 64-bit word per key, bit r
+// for row r, whatever it came from: intervals, a tensor, or both.
 #pragma once
 
 #include <string.h>
@@ -17,9 +17,9 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-// Keys of a tile at most. The longer the block, the less often O is rescaled; beyond about 200 nothing was gained, and 197, the
-// vision transformers, fit into one. Against 96, forward at L=2048, D=64: float32 87.0% -> 88.2% of the peak, bfloat16
-// 79.5% -> 80.3%.
+// Keys of a tile at most. The longer the block, the less often O is rescaled; beyond about 200 nothing was gained, and
+// 197, the vision transformers, fit into one. Against 96, forward at L=2048, D=64: float32 87.0% -> 88.2% of the peak,
+// bfloat16 79.5% -> 80.3%.
 constexpr int64_t kMaxBlockKeys = 204;
 // With a mask tensor, key blocks start on multiples of this, so that tiles that are empty in the mask are met whole.
 constexpr int64_t kMaskBlockKeys = 64;
@@ -31,8 +31,8 @@ FASTATTN_FN int64_t key_step(const AttentionParams& p, int64_t keys) {
   return min_i64(kMaxBlockKeys, round_up((keys + blocks - 1) / blocks, kRowPad));
 }
 
-// The blocks of keys that cover a range: apart where all rows see all keys and where they do not, so that few tiles need
-// a mask. With a mask tensor, blocks lie where its empty tiles lie, however the range begins.
+// The blocks of keys that cover a range: apart where all rows see all keys and where they do not, so that few tiles
+// need a mask. With a mask tensor, blocks lie where its empty tiles lie, however the range begins.
 class KeyBlocks {
  public:
   inline __attribute__((always_inline)) KeyBlocks(const AttentionParams& p, const TileRange& range) : at_(range.begin) {
@@ -71,8 +71,8 @@ struct TileSpan {
   int64_t begin, end;
 };
 
-// The keys of the tile that any of its rows [r, r + n) sees, from an even key on (arithmetic in pairs) and, where any is
-// seen and the tile has as many, at least `least` keys (micro-kernels compute whole groups).
+// The keys of the tile that any of its rows [r, r + n) sees, from an even key on (arithmetic in pairs) and, where any
+// is seen and the tile has as many, at least `least` keys (micro-kernels compute whole groups).
 FASTATTN_FN TileSpan visible_keys(const MaskGeometry& g, const Tile& t, int64_t r, int64_t n, int64_t least) {
   const int64_t begin = clamp_i64(lo(g, t.i0 + r) - t.j0, 0, t.nk);
   const int64_t end = clamp_i64(hi(g, t.i0 + r + n - 1) - t.j0, 0, t.nk);
@@ -265,8 +265,8 @@ inline ScoreModifiers score_modifiers(const AttentionParams& p, const MaskGeomet
   return m;
 }
 
-// Applies the modifiers to keys [first_key, first_key + nk) of NV vectors of rows from vector v0 on, whose scores lie at s,
-// s_stride floats a key, and raises lane_max (NV vectors) to their maximum.
+// Applies the modifiers to keys [first_key, first_key + nk) of NV vectors of rows from vector v0 on, whose scores lie
+// at s, s_stride floats a key, and raises lane_max (NV vectors) to their maximum.
 template <int NV>
 inline void modify_scores(const ScoreModifiers& m, float* s, int64_t s_stride, int64_t first_key, int64_t nk, int v0,
                           Vf* lane_max) {

@@ -9,14 +9,14 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896340736f;
 
-// 2^t for t <= 127. From t = -127 on downwards it is exactly 0: masked weights must vanish. NaN stays NaN. Minimax polynomials on [-1/2, 1/2] whose constant is exactly 1, so that
-// the weight of a row's maximum is 1: degree 5 is good to 1 ulp; degree 3, to 1e-4, serves weights that are rounded to
-// bfloat16 (4e-3).
+// 2^t for t <= 127. From t = -127 on downwards it is exactly 0: masked weights must vanish. NaN stays NaN. Minimax
+// polynomials on [-1/2, 1/2] whose constant is exactly 1, so that the weight of a row's maximum is 1: degree 5 is good
+// to 1 ulp; degree 3, to 1e-4, serves weights that are rounded to bfloat16 (4e-3).
 template <int kDegree>
 FASTATTN_FN Vf vexp2(Vf t) {
   static_assert(kDegree == 3 || kDegree == 5, "there are polynomials of degree 3 and 5");
-  // Adding 1.5 * 2^23 rounds t to an integer n and leaves n in the low bits. Rounding by addition and scaling by integer
-  // operations spare the multiply-add units, which the matrix products need.
+  // Adding 1.5 * 2^23 rounds t to an integer n and leaves n in the low bits. Rounding by addition and scaling by
+  // integer operations spare the multiply-add units, which the matrix products need.
   // At t = -127 that leaves the bits of 1 minus as many, which is 0.
   t = vmax(vset(-127.0f), t);
   const Vf magic = vset(12582912.0f);

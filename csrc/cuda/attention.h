@@ -1,10 +1,10 @@
 // The CUDA engine's interface for the binding (csrc/torch). No CUDA header is needed to include it.
 //
-// Served: float16, bfloat16 and float32, head dims up to kMaxHeadDim, lengths up to kMaxLength, compute capability 8.0 and
-// up; the caller refuses the rest. Every pointer in the params is a device pointer of one device, the current one, and is
-// read when the kernels run: a function here only launches them on `stream`, never synchronises and allocates nothing.
-// All of them throw std::runtime_error: a launch that fails is reported with the kernel's name, its grid, its shared
-// memory, its parameters and CUDA's own message.
+// Served: float16, bfloat16 and float32, head dims up to kMaxHeadDim, lengths up to kMaxLength, compute capability 8.0
+// and up; the caller refuses the rest. Every pointer in the params is a device pointer of one device, the current one,
+// and is read when the kernels run: a function here only launches them on `stream`, never synchronises and allocates
+// nothing. All of them throw std::runtime_error: a launch that fails is reported with the kernel's name, its grid, its
+// shared memory, its parameters and CUDA's own message.
 #pragma once
 
 #include <cstddef>
@@ -31,8 +31,8 @@ constexpr size_t kWorkspaceAlignment = 256;
 // Asked for once per device.
 DeviceProperties device_properties(int device);
 
-// What the functions below need of scratch memory. Functions of sizes, dtypes and of which pointers are null; no pointer
-// is followed.
+// What the functions below need of scratch memory. Functions of sizes, dtypes and of which pointers are null; no
+// pointer is followed.
 size_t forward_workspace_bytes(const AttentionParams& params, const DeviceProperties& device);
 size_t backward_workspace_bytes(const AttentionGradParams& params, const DeviceProperties& device);
 

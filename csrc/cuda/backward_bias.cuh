@@ -2,10 +2,10 @@
 //
 //   d_bias = dS, summed over the dimensions that the bias broadcasts                           (gradient.cuh)
 //
-// One CTA = one tile of d_bias, and all or a chunk of the tiles of dS that add up to it: those of the other batches, heads,
-// queries or keys along which the bias is broadcast. It computes them one after the other, adds them up in registers, and
-// sums over broadcast queries and keys once, at the end. Every sum has one order. Where that leaves too few CTAs to fill
-// the device, the tiles of dS are cut into chunks, whose sums SumChunksKernel adds.
+// One CTA = one tile of d_bias, and all or a chunk of the tiles of dS that add up to it: those of the other batches,
+// heads, queries or keys along which the bias is broadcast. It computes them one after the other, adds them up in
+// registers, and sums over broadcast queries and keys once, at the end. Every sum has one order. Where that leaves too
+// few CTAs to fill the device, the tiles of dS are cut into chunks, whose sums SumChunksKernel adds.
 #pragma once
 
 #include "cuda/gradient.cuh"
@@ -14,7 +14,8 @@ namespace fastattn::cuda {
 
 struct BiasGradientParams {
   BackwardParams backward;
-  // Tiles along batch, head, query and key: those that d_bias has, and those that are summed over. One of each pair is 1.
+  // Tiles along batch, head, query and key: those that d_bias has, and those that are summed over. One of each pair is
+  // 1.
   int64_t kept[4] = {1, 1, 1, 1}, summed[4] = {1, 1, 1, 1};
   int64_t steps = 1;   // product of `summed`
   int64_t chunks = 1;  // among which the steps are shared out

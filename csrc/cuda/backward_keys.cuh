@@ -2,10 +2,10 @@
 //
 //   dv_j = sum_i z w_ij dO_i       dk_j = scale sum_i dS'_ij q_i       dS' = dS * d softcap       (gradient.cuh)
 //
-// One CTA = `resident` keys of one (batch, key head); it walks over the query rows that see any of them, of all the query
-// heads that share the key head, one after the other: every sum has one order, and nothing is written twice. Scores are
-// computed transposed, [key][query]: a warp owns whole keys, and the weights it has in registers are the left operand of
-// both products, so that they never go through shared memory.
+// One CTA = `resident` keys of one (batch, key head); it walks over the query rows that see any of them, of all the
+// query heads that share the key head, one after the other: every sum has one order, and nothing is written twice.
+// Scores are computed transposed, [key][query]: a warp owns whole keys, and the weights it has in registers are the
+// left operand of both products, so that they never go through shared memory.
 //
 // The next tile of q and dO arrives while this one is used, where two fit (stages = 2).
 #pragma once

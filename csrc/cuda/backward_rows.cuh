@@ -1,5 +1,5 @@
-// Attention, backward: what depends on a query row alone. The statistics of every row, before the other kernels; and the
-// gradient of the sinks, which have a score and no value:
+// Attention, backward: what depends on a query row alone. The statistics of every row, before the other kernels; and
+// the gradient of the sinks, which have a score and no value:
 //
 //   delta_i = dO_i . o_i - d_lse_i          d_sink_h = -sum over b and i of exp(sink_h - m) / l * delta
 #pragma once

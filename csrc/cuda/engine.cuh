@@ -1,5 +1,5 @@
-// A whole call: plans it, lays out its scratch memory, fills in the kernels' params and launches them. Launcher is where
-// they run: a stream of a GPU, or the emulator. Has
+// A whole call: plans it, lays out its scratch memory, fills in the kernels' params and launches them. Launcher is
+// where they run: a stream of a GPU, or the emulator. Has
 //
 //   template <class Kernel> void launch(int64_t blocks, const typename Kernel::Params& params);
 #pragma once

@@ -4,14 +4,14 @@
 //
 // (Dao, "FlashAttention-2", 2023, algorithm 1, section 3.1; Milakov and Gimelshein, 2018, for the online softmax.)
 //
-// One CTA = kBlockM rows of one (batch, head), and with splits one part of their keys. A warp owns kBlockM / kWarps whole
-// rows: no row is shared, so that the softmax needs no shared memory. q stays in shared memory; k and v take turns with
-// one tile each, so that a tile of v arrives while scores are computed and the next tile of k while v is used.
-// Keys are walked from the last tile to the first: the masked ones at a causal diagonal come first.
+// One CTA = kBlockM rows of one (batch, head), and with splits one part of their keys. A warp owns kBlockM / kWarps
+// whole rows: no row is shared, so that the softmax needs no shared memory. q stays in shared memory; k and v take
+// turns with one tile each, so that a tile of v arrives while scores are computed and the next tile of k while v is
+// used. Keys are walked from the last tile to the first: the masked ones at a causal diagonal come first.
 //
-// Without modifiers (score.cuh: has_modifiers) m is the maximum of the raw products, and p one multiply-add and one exp2.
-// With them m is the maximum of the scores, and p = exp2((s - m) log2(e)): a bias of finfo.min times log2(e) would be
-// -inf, and a row full of it would be taken for one that sees nothing.
+// Without modifiers (score.cuh: has_modifiers) m is the maximum of the raw products, and p one multiply-add and one
+// exp2. With them m is the maximum of the scores, and p = exp2((s - m) log2(e)): a bias of finfo.min times log2(e)
+// would be -inf, and a row full of it would be taken for one that sees nothing.
 #pragma once
 
 #include "cuda/finish.cuh"
@@ -275,8 +275,8 @@ struct ForwardKernel {
       state.l[n] += shuffle_xor(state.l[n], 1);
       state.l[n] += shuffle_xor(state.l[n], 2);
       if (!kExactDifference) {
-        // The maximum's own weight, which the product's rounding keeps from being 1. A row where nothing else has any is to
-        // say so: see AttentionParams::row_sum.
+        // The maximum's own weight, which the product's rounding keeps from being 1. A row where nothing else has any
+        // is to say so: see AttentionParams::row_sum.
         const float own = multiply_add(state.m[n], constants.scale_log2, -multiply(state.m[n], constants.scale_log2));
         if (state.l[n] == exp2_approx(own)) state.l[n] = 1.0f;
       }
@@ -325,8 +325,8 @@ struct ForwardKernel {
         write_statistics(a, row, (static_cast<int64_t>(b) * a.Hq + rows.head(r)) * a.Lq + rows.query(r));
       }
     }
-    // By way of the warp's own rows of q's tile: whole 16-byte pieces of rows leave it. Only this warp has read them, by
-    // ldmatrix, which is done for all lanes at once: nothing to wait for.
+    // By way of the warp's own rows of q's tile: whole 16-byte pieces of rows leave it. Only this warp has read them,
+    // by ldmatrix, which is done for all lanes at once: nothing to wait for.
     store_accumulators<TileQ>(o, q_tile, warp_row());
     sync_warp();
     char* const out = static_cast<char*>(a.o);

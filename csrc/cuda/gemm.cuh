@@ -1,15 +1,16 @@
 // The two matrix products of attention, for one warp: everything that the kernels multiply is one of them.
 //
-//   gemm_nt:  acc[m, n] += sum_d A[m, d] B[n, d]     A and B tiles in shared memory              (scores: q k^T, do v^T)
-//   gemm_rn:  acc[m, d] += sum_n P[m, n] B[n, d]     P in registers, as gemm_nt leaves it        (outputs: p v, ds k)
+//   gemm_nt:  acc[m, n] += sum_d A[m, d] B[n, d]   A and B tiles in shared memory             (scores: q k^T, do v^T)
+//   gemm_rn:  acc[m, d] += sum_n P[m, n] B[n, d]   P in registers, as gemm_nt leaves it        (outputs: p v, ds k)
 //
 // 16-bit operands: mma.m16n8k16, accumulated in float. What an accumulator tile holds, rounded and packed, is the A
 // operand of the next product as it stands, so that P never goes through shared memory.
 //
 // float32 operands: mma.m16n8k8 in TF32, three times. x = hi + lo with eleven significant bits each; hi hi + hi lo +
-// lo hi leaves out lo lo, of relative size 2^-22. An infinite operand has no rest, and its products are NaN. A k-step of both kinds is 32 bytes of a row, so that one addressing
-// serves them. In gemm_rn a lane holds keys 2t and 2t + 1 where the TF32 A operand wants columns t and t + 4: the sum
-// over keys has no order, so column t is taken to mean key 2t, column t + 4 key 2t + 1, and B is read accordingly.
+// lo hi leaves out lo lo, of relative size 2^-22. An infinite operand has no rest, and its products are NaN. A k-step
+// of both kinds is 32 bytes of a row, so that one addressing serves them. In gemm_rn a lane holds keys 2t and 2t + 1
+// where the TF32 A operand wants columns t and t + 4: the sum over keys has no order, so column t is taken to mean key
+// 2t, column t + 4 key 2t + 1, and B is read accordingly.
 //
 // acc[i][j][e] is row 16 i + g + 8 (e / 2), column 8 j + 2 t + e % 2 of the warp's part; g = lane / 4, t = lane % 4.
 #pragma once
@@ -60,13 +61,13 @@ struct SplitOperand {
   }
 };
 
-// Tensor cores round their sums towards zero, which in a long sum adds up. So only a few products are summed by them, and
-// those sums are added by additions that round to nearest: each k-step's in gemm_nt, every second one's in gemm_rn. (Ootomo and
-// Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
-// performance", 2022, section 4.)
+// Tensor cores round their sums towards zero, which in a long sum adds up. So only a few products are summed by them,
+// and those sums are added by additions that round to nearest: each k-step's in gemm_nt, every second one's in gemm_rn.
+// (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical
+// peak performance", 2022, section 4.)
 //
-// kSwapped: a and b have changed places, as q and k do where scores are computed transposed. The products are then added in
-// the order that they have in the other kernels, so that a score has the same bits in all.
+// kSwapped: a and b have changed places, as q and k do where scores are computed transposed. The products are then
+// added in the order that they have in the other kernels, so that a score has the same bits in all.
 template <bool kSwapped = false>
 FASTATTN_DEVICE void mma_small_tf32(float (&d)[4], const SplitOperand<4>& a, const SplitOperand<2>& b) {
   if constexpr (kSwapped) mma_tf32(d, a.hi, b.lo[0], b.lo[1]);

@@ -1,5 +1,5 @@
-// What the kernels of the backward pass share: its params, the statistics of a row, and the step from a product q . k and
-// dP = dO . v to a weight and the gradient of its score.
+// What the kernels of the backward pass share: its params, the statistics of a row, and the step from a product q . k
+// and dP = dO . v to a weight and the gradient of its score.
 //
 //   w = exp(s - m) / l      dS = w (dP z - delta)      delta = dO . o - d_lse      z = dropout: 0 or 1 / (1 - p)
 //
@@ -23,8 +23,8 @@ struct BackwardParams {
   bool is_aligned_dq = false, is_aligned_dk = false, is_aligned_dv = false;
 };
 
-// Of a query row, as 16 bytes. Rows that see nothing, and rows beyond the last, are all zero: they weigh nothing, or what
-// they weigh is multiplied by a dO and a q of zeros.
+// Of a query row, as 16 bytes. Rows that see nothing, and rows beyond the last, are all zero: they weigh nothing, or
+// what they weigh is multiplied by a dO and a q of zeros.
 struct RowStatistics {
   float m;  // row maximum; for the plain kernels lse * log2(e), which leaves them one subtraction in the exponent
   float inverse_l;  // 1 / row sum; the plain kernels have no use for it
@@ -52,8 +52,9 @@ FASTATTN_DEVICE void differentiate_plain(float& x, float& dp, const RowStatistic
   dp = weight_gradient(x, dp, row);
 }
 
-// With modifiers: x becomes the weight as dropout leaves it (not yet divided by 1 - p), dp the gradient of scale * q . k.
-// Returns the gradient of the score, which is the bias's. The caller has left out keys that the interval hides.
+// With modifiers: x becomes the weight as dropout leaves it (not yet divided by 1 - p), dp the gradient of
+// scale * q . k. Returns the gradient of the score, which is the bias's. The caller has left out keys that the interval
+// hides.
 FASTATTN_DEVICE float differentiate_modified(float& x, float& dp, const RowStatistics& row, bool is_kept,
                                              const BackwardParams& p, const MaskGeometry& g, int b, int h, int i,
                                              int j) {

@@ -21,16 +21,17 @@ constexpr int head_dim_bucket(int64_t D, int64_t Dv) {
   return 0;
 }
 
-// kPlain: scale * q . k behind an interval mask, many rows. kModified: everything. kFewRows: at most 16 rows, everything.
+// kPlain: scale * q . k behind an interval mask, many rows. kModified: everything. kFewRows: at most 16 rows,
+// everything.
 enum class ForwardVariant { kPlain, kModified, kFewRows };
 
 struct ForwardTiles {
   int block_m, block_n, warps;
 };
 
-// As large as registers allow without a spill: 32 rows for each warp where they can, because a fragment of k or v is then
-// loaded once for two products. float32 has only kModified, with tiles of q, k and v that together stay below the 99 KB
-// that every device has.
+// As large as registers allow without a spill: 32 rows for each warp where they can, because a fragment of k or v is
+// then loaded once for two products. float32 has only kModified, with tiles of q, k and v that together stay below the
+// 99 KB that every device has.
 constexpr ForwardTiles forward_tiles(DType type, int dim, ForwardVariant variant) {
   if (type == DType::kFloat32) return {64, dim <= 64 ? 64 : dim <= 128 ? 32 : 16, 4};
   if (variant == ForwardVariant::kFewRows) return {16, dim % 64 == 0 && dim != 192 ? 64 : 32, 1};
@@ -56,9 +57,9 @@ constexpr int kPackedRows = 64;  // heads that share keys are packed when all th
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// CTAs that a multiprocessor should hold at once: as many as fit by shared memory (each CTA costs 1 KB more) and by 64 K
-// registers, up to three. Three have up to 96 KB of keys and values under way, more than twice of what memory with a
-// latency of 1 us and 5 TB/s wants; more parts than that only mean more partial results.
+// CTAs that a multiprocessor should hold at once: as many as fit by shared memory (each CTA costs 1 KB more) and by
+// 64 K registers, up to three. Three have up to 96 KB of keys and values under way, more than twice of what memory with
+// a latency of 1 us and 5 TB/s wants; more parts than that only mean more partial results.
 inline int64_t resident_blocks(int shared_bytes, int warps, const DeviceProperties& device) {
   const int64_t by_shared = (device.shared_bytes + 1024) / (shared_bytes + 1024);
   const int64_t by_registers = 65536 / (255 * 32 * warps);
@@ -134,8 +135,8 @@ constexpr BackwardTiles backward_tiles(DType type, int dim) {
                       : BackwardTiles{64, 32, 4, 1};
 }
 
-// The parts into which the columns of dq, dk and dv are cut, each for a CTA of its own: in float32, whose operands are held
-// in two parts, 256 columns and what it takes to compute them do not fit into registers.
+// The parts into which the columns of dq, dk and dv are cut, each for a CTA of its own: in float32, whose operands are
+// held in two parts, 256 columns and what it takes to compute them do not fit into registers.
 constexpr int gradient_parts(DType type, int dim) { return type == DType::kFloat32 && dim == 256 ? 2 : 1; }
 
 // dk and dv are accumulated in one kernel where both fit into registers, else in one kernel each.

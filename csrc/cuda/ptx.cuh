@@ -163,8 +163,8 @@ FASTATTN_DEVICE void store_global_u32x4(void* at, U32x4 v) {
 
 // ---- Numbers -------------------------------------------------------------------------------------------------------
 
-// Rounded by itself: never part of a fused multiply-add, so that a score has the same bits in every kernel. Beside a bias
-// of -1e9 the last bit of a score is a factor of e^64.
+// Rounded by itself: never part of a fused multiply-add, so that a score has the same bits in every kernel. Beside a
+// bias of -1e9 the last bit of a score is a factor of e^64.
 FASTATTN_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 FASTATTN_DEVICE float add(float x, float y) { return __fadd_rn(x, y); }
 // x y + z, rounded once, on every device: where it matters, it is not left to the compiler.

@@ -1,5 +1,5 @@
-// Tiles of q, k, v and their like in shared memory: rows of kDim elements, cut into 16-byte chunks and swizzled, so that
-// the eight rows that one ldmatrix phase reads at the same chunk lie in different banks.
+// Tiles of q, k, v and their like in shared memory: rows of kDim elements, cut into 16-byte chunks and swizzled, so
+// that the eight rows that one ldmatrix phase reads at the same chunk lie in different banks.
 //
 // chunk c of row r is stored at place c ^ swizzle(r). Where rows are a multiple of 128 bytes the swizzle is r % 8; rows
 // of an odd multiple of 64 bytes (16-bit heads of 32 and 96) already alternate between two halves of the banks, and
@@ -50,7 +50,8 @@ FASTATTN_DEVICE int warp_index() { return static_cast<int>(opaque(static_cast<ui
 // What a lane hands to ldmatrix.x4 so that the four matrices it gets are operand fragments of mma. All count from
 // (row 0, column 0) of the tile; whole multiples of 8 rows are added to the address, chunks by Tile::at().
 //
-// A operand, from row `first_row` on, 16 rows x 32 bytes: matrices (rows 0-7, chunk 0), (rows 8-15, chunk 0), (0-7, 1), (8-15, 1).
+// A operand, from row `first_row` on, 16 rows x 32 bytes: matrices (rows 0-7, chunk 0), (rows 8-15, chunk 0), (0-7, 1),
+// (8-15, 1).
 template <class Tile>
 FASTATTN_DEVICE SharedAddress a_fragment_address(SharedAddress base, int first_row) {
   const int lane = lane_index();
@@ -90,10 +91,10 @@ FASTATTN_DEVICE U32x4 gather_chunk(const char* src, int count) {
   return packed;
 }
 
-// Copies rows from global memory into a tile, by all threads of the CTA: `rows` of them, `dim` columns of each. What the
-// tile has beyond becomes zero without being read: 0 times the NaN of a neighbour would be NaN.
-// is_aligned: all rows start at multiples of 16 bytes. Then the copy is asynchronous (commit and wait for it), else done
-// through registers: by the next sync_block() either way.
+// Copies rows from global memory into a tile, by all threads of the CTA: `rows` of them, `dim` columns of each. What
+// the tile has beyond becomes zero without being read: 0 times the NaN of a neighbour would be NaN.
+// is_aligned: all rows start at multiples of 16 bytes. Then the copy is asynchronous (commit and wait for it), else
+// done through registers: by the next sync_block() either way.
 template <class Tile, int kThreads>
 FASTATTN_DEVICE void load_tile(SharedAddress base, const char* first_row, int64_t row_bytes, int rows, int dim,
                                bool is_aligned) {

@@ -450,8 +450,8 @@ void check_results(const Case& c, const Inputs<T>& in, Results<T>& got, Results<
   compare("lse", label, got.lse, expected.lse, Traits<T>::lse_tolerance);
   compare("row_max", label, got.row_max, expected.row_max, Traits<T>::lse_tolerance);
   compare("row_sum", label, got.row_sum, expected.row_sum, 4 * Traits<T>::lse_tolerance);
-  // A score's gradient is the difference of two products of d_o, of about sqrt(Dv) each, and may cancel, within a row and
-  // between the rows that are summed: the error is relative to what was there before.
+  // A score's gradient is the difference of two products of d_o, of about sqrt(Dv) each, and may cancel, within a row
+  // and between the rows that are summed: the error is relative to what was there before.
   const double keep_scale = c.dropout_p < 1.0 ? 1.0 / (1.0 - c.dropout_p) : 1.0;
   const auto noise = [&](double rows) {
     return std::max(1.0, 0.5 * keep_scale * std::sqrt(rows * static_cast<double>(c.Dv)));

@@ -1,4 +1,5 @@
-// The CUDA engine on the emulator: the kernels that nvcc compiles, compiled for the host and run one thread after another.
+// The CUDA engine on the emulator: the kernels that nvcc compiles, compiled for the host and run one thread after
+// another.
 #pragma once
 
 #include <string>

@@ -53,8 +53,8 @@ void check_layout() {
   }
 }
 
-// The number kept among n draws has the standard deviation sqrt(n p (1 - p)). Seed, offset, head, row and key are varied
-// one at a time: a generator that ignored one of them would keep all or nothing.
+// The number kept among n draws has the standard deviation sqrt(n p (1 - p)). Seed, offset, head, row and key are
+// varied one at a time: a generator that ignored one of them would keep all or nothing.
 void check_frequencies() {
   constexpr int64_t n = 40000;
   for (const double p : {0.1, 0.5, 0.9}) {

@@ -1,5 +1,5 @@
-// The online softmax (core/softmax.h) against the sum over all scores at once, and score modifiers (core/score.h) against
-// difference quotients of their values.
+// The online softmax (core/softmax.h) against the sum over all scores at once, and score modifiers (core/score.h)
+// against difference quotients of their values.
 #include "core/softmax.h"
 
 #include <algorithm>

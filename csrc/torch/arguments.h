@@ -11,8 +11,8 @@ namespace fastattn {
 
 using torch::stable::Tensor;
 
-// Shapes: see core/params.h; bias and mask may lack leading dimensions, which then count as 1. alibi_slopes and sinks are
-// of the accumulator type, rng_state is (seed, offset).
+// Shapes: see core/params.h; bias and mask may lack leading dimensions, which then count as 1. alibi_slopes and sinks
+// are of the accumulator type, rng_state is (seed, offset).
 struct AttentionArguments {
   const Tensor& q;
   const Tensor& k;
@@ -43,8 +43,8 @@ struct AttentionGradArguments {
 };
 
 // Throw std::invalid_argument, before anything is allocated, when an argument breaks a rule. What is returned has
-// sizes, dtypes and numbers filled in, and no pointer yet. for_cuda: with the limits of the CUDA kernels; the tensors may
-// be stand-ins on the CPU.
+// sizes, dtypes and numbers filled in, and no pointer yet. for_cuda: with the limits of the CUDA kernels; the tensors
+// may be stand-ins on the CPU.
 AttentionParams check_attention(const AttentionArguments& arguments, bool for_cuda);
 AttentionParams check_attention_grad(const AttentionGradArguments& arguments, bool for_cuda);
 void check_dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p);

@@ -67,8 +67,9 @@ Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
   return inputs;
 }
 
-// A result of shape [B, H, L, D] that lies in memory as `like` does: (B, L, H, D) when like's heads lie inside its rows,
-// as they do when a projection of shape (B, L, H * D) was split, else (B, H, L, D). The fakes in _ops.py say the same.
+// A result of shape [B, H, L, D] that lies in memory as `like` does: (B, L, H, D) when like's heads lie inside its
+// rows, as they do when a projection of shape (B, L, H * D) was split, else (B, H, L, D). The fakes in _ops.py say the
+// same.
 Tensor empty_rows_like(const Tensor& like, int64_t B, int64_t H, int64_t L, int64_t D) {
   const int64_t sizes[4] = {B, H, L, D};
   const Device device = device_of(like);

@@ -1,5 +1,5 @@
-// What the binding asks of the kernels. Two libraries share everything else in this folder, and each links one file that
-// answers for it: cpu_engine.cpp in _C_cpu, cuda_engine.cpp in _C_cuda.
+// What the binding asks of the kernels. Two libraries share everything else in this folder, and each links one file
+// that answers for it: cpu_engine.cpp in _C_cpu, cuda_engine.cpp in _C_cuda.
 #pragma once
 
 #include "core/params.h"

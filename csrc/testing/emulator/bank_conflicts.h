@@ -43,8 +43,8 @@ inline int word_conflicts(const uint32_t* at, uint32_t lanes) {
   return most - 1;
 }
 
-// The loads and stores of a warp since its last collective. Lanes run one by one, so that what they would do together is
-// put together here: the n-th time that one lane is at a call site goes with the n-th time that another is.
+// The loads and stores of a warp since its last collective. Lanes run one by one, so that what they would do together
+// is put together here: the n-th time that one lane is at a call site goes with the n-th time that another is.
 class AccessLog {
  public:
   void add(uint32_t lane, uint32_t site, uint32_t at, bool is_chunk) {

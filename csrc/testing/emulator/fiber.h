@@ -52,9 +52,10 @@ inline void announce_switch(Context&, Context&) {}
 inline void arrive_from_switch(Context&) {}
 #endif
 
-// Leaves `from` and goes on with `to`; returns when something switches back to `from`. The compiler saves what registers
-// it needs. Written inline, and with a jump: where all lanes of a warp switch at the same place, the processor predicts
-// where the jump goes, and the return after it, which a call and a return of another fiber's would spoil.
+// Leaves `from` and goes on with `to`; returns when something switches back to `from`. The compiler saves what
+// registers it needs. Written inline, and with a jump: where all lanes of a warp switch at the same place, the
+// processor predicts where the jump goes, and the return after it, which a call and a return of another fiber's would
+// spoil.
 [[gnu::always_inline]] inline void switch_context(Context& from, Context& to) {
   announce_switch(from, to);
 #if defined(__x86_64__)

@@ -62,9 +62,10 @@ FASTATTN_INLINE void add_towards_zero(Row& c, const Row& x) {
 }
 
 // What multiplies and adds TF32 sums c and four products at once as numbers of a common exponent, the largest one's. Of
-// each it keeps 24 bits from there on, and of the sum the leading 24, all cut off: never rounded. (Fasi, Higham, Mikaitis
-// and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021, section 4; a bit more on later GPUs.) The products of
-// 16-bit operands are summed in float below: what that leaves out is far below the rounding of their results.
+// each it keeps 24 bits from there on, and of the sum the leading 24, all cut off: never rounded. (Fasi, Higham,
+// Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021, section 4; a bit more on later GPUs.) The
+// products of 16-bit operands are summed in float below: what that leaves out is far below the rounding of their
+// results.
 constexpr int kTf32Products = 4;
 
 using Integers = int32_t __attribute__((vector_size(32)));

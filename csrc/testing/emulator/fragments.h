@@ -14,7 +14,8 @@ struct MmaOperands {
   alignas(64) float c[16 * 8];     // [row][column]; the result replaces it
 };
 
-// c += a b. Products are exact; their sum is rounded after each, to nearest, and once when it is added to c, towards zero.
+// c += a b. Products are exact. Those of 16-bit operands are summed with rounding to nearest, and the sum is rounded
+// once, towards zero, when it is added to c; those of TF32 are cut off at a common exponent: see fragments.cpp.
 using MmaFunction = void (*)(MmaOperands&);
 MmaFunction mma_function(MmaType type);  // for this processor; every choice gives the same bits
 

@@ -1,7 +1,7 @@
 // The fibers of one block and who runs next.
 //
-// The lanes of a warp run one after the other up to the next collective; the last to arrive computes it for all lanes and
-// goes on. Warps change places at barriers and, in random order, after some of the collectives.
+// The lanes of a warp run one after the other up to the next collective; the last to arrive computes it for all lanes
+// and goes on. Warps change places at barriers and, in random order, after some of the collectives.
 #pragma once
 
 #include <cstdint>

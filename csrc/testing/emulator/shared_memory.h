@@ -1,10 +1,11 @@
 // The shared memory of one block, and what it takes to tell a race from an access that is ordered.
 //
-// Time is a clock that advances at every sync_block and sync_warp. An earlier access of another thread is ordered before
-// one now if it is older than the last sync_block, or, within a warp, than that warp's last sync_warp. Other collectives
-// order no memory: CUDA promises that of these two alone. For every 16 bytes (or for each of their four words, once
-// something touches one of them) a shadow keeps the last write and enough of the reads since to find one that a write
-// may race with: one reader, and a second one if it is of another warp, or of the same warp since its last sync_warp.
+// Time is a clock that advances at every sync_block and sync_warp. An earlier access of another thread is ordered
+// before one now if it is older than the last sync_block, or, within a warp, than that warp's last sync_warp. Other
+// collectives order no memory: CUDA promises that of these two alone. For every 16 bytes (or for each of their four
+// words, once something touches one of them) a shadow keeps the last write and enough of the reads since to find one
+// that a write may race with: one reader, and a second one if it is of another warp, or of the same warp since its last
+// sync_warp.
 #pragma once
 
 #include <cstddef>
