@@ -1,6 +1,7 @@
 // What a kernel is asked to compute: plain structs, filled by csrc/torch (or a test) and read by every backend.
 //
-//   s[b,h,i,j] = softcap(scale * q[b,h,i,:] . k[b,h/G,j,:]) + bias[b,h,i,j] - slope[b,h] * |i + Lk - Lq - j|
+//   s[b,h,i,j] = softcap(x) + bias[b,h,i,j] - slope[b,h] * |i + Lk - Lq - j|
+//   x          = scale * q[b,h,i,:] . k[b,h/G,j,:], or w[h,:] . tanh(q[b,h,i,:] + k[b,h/G,j,:])
 //   p          = softmax over the visible j (and the sink of head h, which takes mass but has no value)
 //   o[b,h,i,:] = sum_j dropout(p[b,h,i,j]) * v[b,h/G,j,:]                                  G = Hq / Hkv
 //
@@ -27,6 +28,11 @@ struct AttentionParams {
   const void* k = nullptr;                                       // [B, Hkv, Lk, D]
   const void* v = nullptr;                                       // [B, Hkv, Lk, Dv]
   int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // batch, head, row
+
+  // Additive scores (Bahdanau), w . tanh(q_i + k_j) in place of scale * q_i . k_j: w [Hq, D] of dtype, its rows contiguous;
+  // w_stride from head to head, 0 where they share one. Null: dot products.
+  const void* w = nullptr;
+  int64_t w_stride = 0;
 
   double scale = 1.0;
   double softcap = 0.0;  // 0 = none, else s <- softcap * tanh(s / softcap)
@@ -81,6 +87,7 @@ struct AttentionGradParams {
   void* d_bias = nullptr;
   int64_t d_bias_stride[4] = {};
   void* d_sinks = nullptr;  // [Hq], accumulator type, or null
+  void* dw = nullptr;       // [Hq, D], or [D] where heads share w; contiguous, accumulator type; not null where w is not
 };
 
 }  // namespace fastattn

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "core/softmax.h"
+#include "cpu/additive.h"
 #include "cpu/gemm.h"
 #include "cpu/operands.h"
 #include "cpu/small.h"
@@ -43,6 +44,11 @@ struct BackwardScratch {
   float* k;  // copies of K and V as broadcast operands, of K as vector operand
   float* v;
   float* k_rows;
+  float* w;          // additive scores: [padded D],
+  float* dw;         // its gradient by one head,
+  float* qt_raw;     // and Q^T, Q and K as they are, for tiles that want them
+  float* q_raw;
+  float* k_raw;
   float* s;          // [keys + kRowPad][kBlockRows]: scores, then weights
   float* ds;         // dP, then dS
   uint16_t* s_half;  // bfloat16 arithmetic: weights and dS rounded, [key][row],
@@ -81,6 +87,12 @@ inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t c
   s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
   s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
   s.k_rows = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
+  const bool is_additive = p.w != nullptr;
+  s.w = arena.take<float>(is_additive ? Operands::padded(p.D) : 0);
+  s.dw = arena.take<float>(is_additive ? Operands::padded(p.D) : 0);
+  s.qt_raw = arena.take<float>(is_additive ? Operands::transposed_columns(p.D) * kBlockRows : 0);
+  s.q_raw = arena.take<float>(is_additive ? Operands::copy_floats(kBlockRows, p.D) : 0);
+  s.k_raw = arena.take<float>(is_additive ? Operands::copy_floats(kMaxBlockKeys, p.D) : 0);
   s.s = arena.take<float>(kTile);
   s.ds = arena.take<float>(kTile);
   s.s_half = arena.take<uint16_t>(Operands::kPairs ? kTile : 0);
@@ -102,6 +114,8 @@ struct BackwardPanel {
   const BackwardScratch& scratch;
   const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
   float scale;                      // not yet in Q
+  Scoring scoring;
+  const float* qt;  // by panels
   Operand k, v;
   int64_t first_key, nk;  // of the tile's keys, those to compute; k and v start at first_key
   int64_t block;          // of the super-block's rows
@@ -114,10 +128,14 @@ struct BackwardPanel {
     const int64_t lane0 = v0 * kLanes;
     const int64_t first = first_key * kBlockRows + lane0;
     const int64_t rows = max_i64(nk, row_major_rows(NV));
-    const float* qt = scratch.qt[block] + panel_offset(lane0, Operands::transposed_columns(p.D));
+    const float* q_panel = qt + panel_offset(lane0, Operands::transposed_columns(p.D));
     const float* d_ot = scratch.d_ot[block] + panel_offset(lane0, Operands::transposed_columns(p.Dv));
-    gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows, reinterpret_cast<const char*>(qt), kRow,
-                                    Operands::units(p.D), scratch.s + first, kBlockRows, nullptr);
+    if (scoring == Scoring::kDot) {
+      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows, reinterpret_cast<const char*>(q_panel), kRow,
+                                      Operands::units(p.D), scratch.s + first, kBlockRows, nullptr);
+    } else {
+      additive_scores<NV, Operands>(scoring, q_panel, k, scratch.w, p.D, nk, scratch.s + first, kBlockRows);
+    }
     if (modifiers != nullptr) {
       Vf unused[NV];
       for (int i = 0; i < NV; ++i) unused[i] = vzero();
@@ -365,6 +383,28 @@ inline void run_trimmed(const MaskGeometry& g, const Tile& tile, const BackwardP
   }
 }
 
+// What flows back through a tile of additive scores. q: the block's rows, k: the tile's keys, as the scores had them.
+template <class Operands>
+inline void add_additive_gradients(const AttentionParams& p, Scoring scoring, const float* q, Operand k,
+                                   const MaskGeometry* trimmed_by, const Tile& tile, float* dq, float* dk,
+                                   const BackwardScratch& scratch) {
+  if constexpr (!Operands::kPairs) {
+    const auto rows_of = [&](int64_t c, int64_t n) {
+      return trimmed_by != nullptr ? visible_rows(*trimmed_by, tile, c, n) : TileSpan{0, tile.rows};
+    };
+    const int64_t width = Operands::padded(p.D);
+    const float* keys = reinterpret_cast<const float*>(k.data);
+    constexpr bool kRefined = kRefinedFor<Operands>;
+    if (scoring == Scoring::kAdditive) {
+      additive_gradients<kRefined, false>(q, keys, width, scratch.w, scratch.ds, tile.nk, rows_of, dq, dq_columns(p), dk,
+                                          width, scratch.dw);
+    } else {
+      additive_gradients<kRefined, true>(q, keys, width, scratch.w, scratch.ds, tile.nk, rows_of, dq, dq_columns(p), dk,
+                                         width, scratch.dw);
+    }
+  }
+}
+
 // A super-block of rows of one head against the task's keys [j0, j1), which all exist.
 template <class Operands>
 inline void backward_super_block(const AttentionGradParams& gp, const MaskGeometry& g, int64_t b, int64_t hq,
@@ -373,22 +413,30 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
   using Raw = typename Operands::Raw;
   const AttentionParams& p = gp.forward;
   const float scale = static_cast<float>(p.scale);
-  const float rest_scale = Operands::kPairs ? scale : 1.0f;
+  const bool is_additive = p.w != nullptr;
+  const float rest_scale = Operands::kPairs && !is_additive ? scale : 1.0f;
   const int64_t step = key_step(p, j1 - j0);
 
   // Pack the blocks of rows that see any of these keys.
   const TileRange seen = row_range(g, j0, j1);
   Operand q_rows[kSuperBlocks], d_o_rows[kSuperBlocks];
+  bool rows_are_far[kSuperBlocks] = {};
   for (int64_t i0 = super_i0; i0 < super_i1; i0 += kBlockRows) {
     const int64_t block = (i0 - super_i0) / kBlockRows;
     const int64_t rows = min_i64(kBlockRows, super_i1 - i0);
     if (i0 >= seen.end || i0 + rows <= seen.begin) continue;
     const Raw* q = row_at<const Raw>(p.q, p.q_stride, b, hq, i0);
     const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i0);
-    Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, scale);
+    Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, is_additive ? 1.0f : scale);
     Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
     clear_saturated_rows<Operands>(scratch.d_ot[block], scratch.is_saturated + block * kBlockRows, rows, p.Dv);
-    q_rows[block] = Operands::vector_rows(scratch.q_rows[block], q, p.q_stride[2], rows, p.D);
+    if (is_additive) {
+      rows_are_far[block] = exponentiate_panels(scratch.qt[block], rows, p.D, Operands::transposed_columns(p.D));
+      additive_rows<Operands>(q, p.q_stride[2], rows, p.D, scratch.q_rows[block]);
+      exponentiate_rows(scratch.q_rows[block], rows * Operands::padded(p.D));
+    } else {
+      q_rows[block] = Operands::vector_rows(scratch.q_rows[block], q, p.q_stride[2], rows, p.D);
+    }
     d_o_rows[block] = Operands::vector_rows(scratch.d_o_rows[block], d_o, gp.d_o_stride[2], rows, p.Dv);
   }
 
@@ -401,9 +449,16 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
     if (begin >= end) continue;
     const Raw* k = row_at<const Raw>(p.k, p.k_stride, b, hkv, key0);
     const Raw* v = row_at<const Raw>(p.v, p.v_stride, b, hkv, key0);
-    const Operand k_broadcast = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], nk, p.D);
+    Operand k_broadcast{}, k_vectors{};
+    bool keys_are_far = false;
+    if (is_additive) {
+      k_broadcast = additive_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k);
+      keys_are_far = exponentiate_rows(scratch.k, round_up(nk, kAdditiveKeys) * Operands::padded(p.D));
+    } else {
+      k_broadcast = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], nk, p.D);
+      k_vectors = Operands::vector_rows(scratch.k_rows, k, p.k_stride[2], nk, p.D);
+    }
     const Operand v_broadcast = Operands::broadcast_rows(scratch.v, v, p.v_stride[2], nk, p.Dv);
-    const Operand k_vectors = Operands::vector_rows(scratch.k_rows, k, p.k_stride[2], nk, p.D);
     for (int64_t i0 = begin; i0 < end; i0 += kBlockRows) {
       const int64_t block = (i0 - super_i0) / kBlockRows;
       const Tile tile{b, hq, i0, min_i64(kBlockRows, super_i1 - i0), key0, nk};
@@ -417,11 +472,25 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
         modifiers.tanh_tile = p.softcap != 0.0 ? scratch.tanh : nullptr;
       }
       if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
+      Scoring scoring = is_additive ? Scoring::kAdditive : Scoring::kDot;
+      const float *qt = scratch.qt[block], *q_additive = scratch.q_rows[block];
+      Operand keys = k_broadcast;
+      if (keys_are_far && rows_are_far[block]) {
+        scoring = Scoring::kAdditiveExact;
+        const Raw* q = row_at<const Raw>(p.q, p.q_stride, b, hq, i0);
+        Operands::transposed(scratch.qt_raw, q, p.q_stride[2], tile.rows, p.D, 1.0f);
+        additive_rows<Operands>(q, p.q_stride[2], tile.rows, p.D, scratch.q_raw);
+        keys = additive_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k_raw);
+        qt = scratch.qt_raw;
+        q_additive = scratch.q_raw;
+      }
       const BackwardPanel<Operands> panel{p,
                                           scratch,
                                           is_modified ? &modifiers : nullptr,
                                           rest_scale,
-                                          k_broadcast,
+                                          scoring,
+                                          qt,
+                                          keys,
                                           v_broadcast,
                                           0,
                                           nk,
@@ -457,6 +526,12 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
       for_each_panel(vectors_of(p.Dv),
                      AccumulateKeys<Operands>{weights, key_stride, nk, d_o_rows[block],
                                               scratch.dv + (key0 - j0) * dv_stride, dv_stride, row_units});
+      if (is_additive) {
+        add_additive_gradients<Operands>(p, scoring, q_additive, keys, is_trimmed ? &g : nullptr, tile,
+                                         dq + block * kBlockRows * dq_columns(p), scratch.dk + (key0 - j0) * dk_stride,
+                                         scratch);
+        continue;
+      }
       for_each_panel(vectors_of(p.D),
                      AccumulateKeys<Operands>{ds_rows, key_stride, nk, q_rows[block],
                                               scratch.dk + (key0 - j0) * dk_stride, dk_stride, row_units});
@@ -494,6 +569,10 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
       memset(scratch.dv, 0, rows * static_cast<size_t>(dv_stride) * sizeof(float));
       for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
         float d_sink = 0.0f;
+        if (p.w != nullptr) {
+          load_w<Operands>(p, hq, scratch.w);
+          memset(scratch.dw, 0, sizeof(float) * static_cast<size_t>(Operands::padded(p.D)));
+        }
         for (int64_t i0 = 0; i0 < p.Lq; i0 += kSuperRows) {
           const int64_t i1 = min_i64(p.Lq, i0 + kSuperRows);
           float* dq = task.dq_partial != nullptr ? task.dq_partial + ((b * p.Hq + hq) * padded_Lq + i0) * dq_columns(p)
@@ -509,6 +588,9 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
             narrow_rows<Element>(row_at<Raw>(gp.dq, gp.dq_stride, b, hq, i0), gp.dq_stride[2], dq, dq_columns(p),
                                  i1 - i0, p.D);
           }
+        }
+        if (p.w != nullptr) {
+          memcpy(task.dw_partial + (b * p.Hq + hq) * dq_columns(p), scratch.dw, sizeof(float) * static_cast<size_t>(p.D));
         }
         if (task.d_sinks_partial != nullptr) task.d_sinks_partial[b * p.Hq + hq] = d_sink;
       }

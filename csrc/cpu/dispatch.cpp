@@ -122,8 +122,10 @@ void drain(const Parallel& parallel, int64_t items, int workers, char* scratch, 
 size_t worker_stride(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
 double score_flop(const AttentionParams& p) {
+  // An additive score takes about six operations where a product takes one.
+  const int64_t per_score = p.w != nullptr ? 6 * p.D : p.D;
   return 2.0 * static_cast<double>(p.B * p.Hq) * static_cast<double>(p.Lq) * static_cast<double>(p.Lk) *
-         static_cast<double>(p.D + p.Dv);
+         static_cast<double>(per_score + p.Dv);
 }
 
 // Rows are cut into blocks of whole vectors, as even as that allows: 197 rows become 64 + 48 + 48 + 37.
@@ -139,7 +141,7 @@ struct RowBlocks {
 struct BackwardPlan {
   int64_t b_groups, h_groups;  // tasks that share a slice of a broadcast bias gradient are one group
   int64_t chunks, chunk_keys;
-  int64_t dq_head_floats;  // of one chunk's dq partial, per (b, hq)
+  int64_t dq_row_floats, dq_head_floats;  // of one chunk's dq partial, per (b, hq, i) and per (b, hq)
   bool has_partials() const { return chunks > 1; }
   int64_t tasks() const { return b_groups * h_groups * chunks; }
 };
@@ -155,7 +157,8 @@ BackwardPlan plan_backward(const AttentionGradParams& gp, const KernelTable& tab
   plan.b_groups = joins_b ? 1 : p.B;
   plan.h_groups = joins_h ? 1 : p.Hkv;
   const int64_t groups = max_i64(1, plan.b_groups * plan.h_groups);
-  plan.dq_head_floats = ceil_div(p.Lq, kBlockRows) * kBlockRows * ceil_div(p.D, table.dq_padding) * table.dq_padding;
+  plan.dq_row_floats = ceil_div(p.D, table.dq_padding) * table.dq_padding;
+  plan.dq_head_floats = ceil_div(p.Lq, kBlockRows) * kBlockRows * plan.dq_row_floats;
   int64_t chunks = min_i64(ceil_div(kTasks, groups), ceil_div(p.Lk, kChunkKeys));
   // Partial dq may take as much memory as q, k and v in float32, or a modest amount.
   const double dq_bytes = 4.0 * static_cast<double>(p.B * p.Hq) * static_cast<double>(plan.dq_head_floats);
@@ -185,7 +188,7 @@ int64_t broadcast_elements(const AttentionParams& p, const int64_t (&stride)[4])
 AttentionParams heads_as_rows(const AttentionParams& p) {
   const bool sees_all = p.causal != Causal::kTopLeft && p.window_left == kUnlimited && p.window_right == kUnlimited;
   const bool is_plain =
-      p.bias == nullptr && p.mask == nullptr && p.alibi_slopes == nullptr && p.sinks == nullptr && p.dropout_p == 0.0;
+      p.w == nullptr && p.bias == nullptr && p.mask == nullptr && p.alibi_slopes == nullptr && p.sinks == nullptr && p.dropout_p == 0.0;
   if (p.Lq != 1 || p.Hq == p.Hkv || !sees_all || !is_plain) return p;
   AttentionParams joined = p;
   joined.Lq = p.Hq / p.Hkv;
@@ -240,6 +243,7 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
   float* d_sinks = static_cast<float*>(gp.d_sinks);
   if (heads == 0) {
     if (d_sinks != nullptr) std::memset(d_sinks, 0, sizeof(float) * static_cast<size_t>(p.Hq));
+    if (gp.dw != nullptr && p.w_stride == 0) std::memset(gp.dw, 0, sizeof(float) * static_cast<size_t>(p.D));
     zero_rows(p, gp.dk, gp.dk_stride, p.D);
     zero_rows(p, gp.dv, gp.dv_stride, p.Dv);
     return;
@@ -253,11 +257,15 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
   const size_t partial_bytes =
       plan.has_partials() ? sizeof(float) * static_cast<size_t>(plan.chunks * chunk_stride) : 0;
   const size_t sink_bytes = d_sinks != nullptr ? sizeof(float) * static_cast<size_t>(heads) : 0;
-  const Workspace workspace(worker_stride(partial_bytes) + worker_stride(sink_bytes) +
+  const int64_t dw_chunk_floats = gp.dw != nullptr ? heads * plan.dq_row_floats : 0;
+  const size_t dw_bytes = sizeof(float) * static_cast<size_t>(plan.chunks * dw_chunk_floats);
+  const Workspace workspace(worker_stride(partial_bytes) + worker_stride(sink_bytes) + worker_stride(dw_bytes) +
                             scratch_bytes * static_cast<size_t>(workers));
   float* partials = reinterpret_cast<float*>(workspace.data());
   float* sink_partials = reinterpret_cast<float*>(workspace.data() + worker_stride(partial_bytes));
-  char* scratch_memory = workspace.data() + worker_stride(partial_bytes) + worker_stride(sink_bytes);
+  float* dw_partials =
+      reinterpret_cast<float*>(workspace.data() + worker_stride(partial_bytes) + worker_stride(sink_bytes));
+  char* scratch_memory = reinterpret_cast<char*>(dw_partials) + worker_stride(dw_bytes);
 
   const int64_t groups = plan.b_groups * plan.h_groups;
   drain(parallel, tasks, workers, scratch_memory, scratch_bytes, [&](int64_t item, char* scratch) {
@@ -273,6 +281,7 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
     task.j1 = min_i64(p.Lk, task.j0 + plan.chunk_keys);
     task.dq_partial = plan.has_partials() ? partials + chunk * chunk_stride : nullptr;
     task.d_sinks_partial = d_sinks != nullptr && chunk == 0 ? sink_partials : nullptr;
+    task.dw_partial = gp.dw != nullptr ? dw_partials + chunk * dw_chunk_floats : nullptr;
     table.backward_task(gp, task, scratch);
   });
 
@@ -283,6 +292,16 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
       table.reduce_dq(gp, head / p.Hq, head % p.Hq, i0, min_i64(p.Lq, i0 + kBlockRows), partials, plan.chunks,
                       chunk_stride);
     });
+  }
+  if (gp.dw != nullptr) {
+    float* dw = static_cast<float*>(gp.dw);
+    const bool is_shared = p.w_stride == 0;
+    std::memset(dw, 0, sizeof(float) * static_cast<size_t>((is_shared ? 1 : p.Hq) * p.D));
+    for (int64_t part = 0; part < plan.chunks * heads; ++part) {
+      float* to = dw + (is_shared ? 0 : part % p.Hq * p.D);
+      const float* from = dw_partials + part * plan.dq_row_floats;
+      for (int64_t d = 0; d < p.D; ++d) to[d] += from[d];
+    }
   }
   if (d_sinks != nullptr) {
     for (int64_t h = 0; h < p.Hq; ++h) {

@@ -6,6 +6,7 @@
 // a block's product. Handles everything in core/params.h but float64.
 #pragma once
 
+#include "cpu/additive.h"
 #include "cpu/gemm.h"
 #include "cpu/operands.h"
 #include "cpu/small.h"
@@ -21,6 +22,9 @@ struct ForwardScratch {
   float* s;   // [keys][kPanelRows]: a panel's scores, then weights
   float* k;   // copies of K and V, where they are needed
   float* v;
+  float* w;        // additive scores: [padded D],
+  float* qt_raw;   // and Q^T and K as they are, for tiles that want them
+  float* k_raw;
   float* bias;     // [keys][kBlockRows]
   float* dropout;  // [keys][kBlockRows]
   uint64_t* keep;  // [keys]
@@ -41,6 +45,10 @@ inline ForwardScratch forward_scratch(const AttentionParams& p, char* memory, si
   s.s = arena.take<float>((kMaxBlockKeys + kRowPad) * kPanelRows);
   s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
   s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
+  const bool is_additive = p.w != nullptr;
+  s.w = arena.take<float>(is_additive ? Operands::padded(p.D) : 0);
+  s.qt_raw = arena.take<float>(is_additive ? Operands::transposed_columns(p.D) * kBlockRows : 0);
+  s.k_raw = arena.take<float>(is_additive ? Operands::copy_floats(kMaxBlockKeys, p.D) : 0);
   s.bias = arena.take<float>(p.bias != nullptr ? kMaxBlockKeys * kBlockRows : 0);
   s.dropout = arena.take<float>(p.dropout_p > 0.0 ? kMaxBlockKeys * kBlockRows : 0);
   s.keep = arena.take<uint64_t>(kMaxBlockKeys);
@@ -58,6 +66,8 @@ struct ForwardPanel {
   const ForwardScratch& scratch;
   const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
   float scale;                      // not yet in Q; > 0 where modifiers is null
+  Scoring scoring;
+  const float* qt;  // by panels
   Operand k, v;
   int64_t first_key, nk;  // of the tile's keys, those to compute; k and v start at first_key
   int64_t v_rows;         // of O^T
@@ -68,21 +78,25 @@ struct ForwardPanel {
     using Unit = typename Operands::Unit;
     constexpr int64_t kRow = kPanelRows * 4;
     float* s = scratch.s;
-    const char* qt =
-        reinterpret_cast<const char*>(scratch.qt + panel_offset(v0 * kLanes, Operands::transposed_columns(p.D)));
+    const float* panel = qt + panel_offset(v0 * kLanes, Operands::transposed_columns(p.D));
+    const char* q_bytes = reinterpret_cast<const char*>(panel);
     const int64_t units = Operands::units(p.D);
     const Vf minus_infinity = vset(-__builtin_inff());
 
     Vf lane_max[NV];
     for (int i = 0; i < NV; ++i) lane_max[i] = minus_infinity;
     const int64_t k_rows = max_i64(nk, row_major_rows(NV));
-    if (modifiers != nullptr) {
-      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
-      modify_scores<NV>(*modifiers, s, kPanelRows, first_key, nk, v0, lane_max);
-    } else if (nk == k_rows) {
-      gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
+    const bool has_max = scoring == Scoring::kDot && modifiers == nullptr && nk == k_rows;
+    if (has_max) {
+      gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, q_bytes, kRow, units, s, kPanelRows, lane_max);
+    } else if (scoring == Scoring::kDot) {
+      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, q_bytes, kRow, units, s, kPanelRows, lane_max);
     } else {
-      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
+      additive_scores<NV, Operands>(scoring, panel, k, scratch.w, p.D, nk, s, kPanelRows);
+    }
+    if (modifiers != nullptr) {
+      modify_scores<NV>(*modifiers, s, kPanelRows, first_key, nk, v0, lane_max);
+    } else if (!has_max) {
       for (int64_t c = 0; c < nk; ++c) {
         for (int i = 0; i < NV; ++i) lane_max[i] = vmax(lane_max[i], vload(s + c * kPanelRows + i * kLanes));
       }
@@ -249,8 +263,15 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
   const Raw* q = row_at<const Raw>(p.q, p.q_stride, item.b, item.hq, item.i0);
   // Float arithmetic folds the scale into Q; bfloat16 operands stay what they are.
   const float scale = static_cast<float>(p.scale);
-  Operands::transposed(scratch.qt, q, p.q_stride[2], rows, p.D, scale);
-  const float rest_scale = Operands::kPairs ? scale : 1.0f;
+  const bool is_additive = p.w != nullptr;
+  Operands::transposed(scratch.qt, q, p.q_stride[2], rows, p.D, is_additive ? 1.0f : scale);
+  const float rest_scale = Operands::kPairs && !is_additive ? scale : 1.0f;
+  bool rows_are_far = false;
+  if (is_additive) {
+    load_w<Operands>(p, item.hq, scratch.w);
+    rows_are_far = exponentiate_panels(scratch.qt, rows, p.D, Operands::transposed_columns(p.D));
+    if (rows_are_far) Operands::transposed(scratch.qt_raw, q, p.q_stride[2], rows, p.D, 1.0f);
+  }
   const bool always_modify = has_modifiers(p) || rest_scale <= 0.0f;
 
   KeyBlocks blocks(p, key_range(g, item.i0, item.i1));
@@ -266,13 +287,27 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
           score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr, scratch.bias);
     }
     if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
+    const Raw* k = row_at<const Raw>(p.k, p.k_stride, item.b, hkv, tile.j0);
+    Scoring scoring = Scoring::kDot;
+    Operand keys;
+    if (is_additive) {
+      scoring = Scoring::kAdditive;
+      keys = additive_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k);
+      if (exponentiate_rows(scratch.k, round_up(tile.nk, kAdditiveKeys) * Operands::padded(p.D)) && rows_are_far) {
+        scoring = Scoring::kAdditiveExact;
+        keys = additive_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k_raw);
+      }
+    } else {
+      keys = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], tile.nk, p.D);
+    }
     const ForwardPanel<Operands> panel{
         p,
         scratch,
         is_modified ? &modifiers : nullptr,
         rest_scale,
-        Operands::broadcast_rows(scratch.k, row_at<const Raw>(p.k, p.k_stride, item.b, hkv, tile.j0), p.k_stride[2],
-                                 tile.nk, p.D),
+        scoring,
+        scoring == Scoring::kAdditiveExact ? scratch.qt_raw : scratch.qt,
+        keys,
         Operands::broadcast_columns(scratch.v, row_at<const Raw>(p.v, p.v_stride, item.b, hkv, tile.j0), p.v_stride[2],
                                     tile.nk, p.Dv),
         0,

@@ -8,16 +8,15 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-// Calls f.run<Operands>() with the operands that serve dtype.
+// Calls f.run<Operands>() with the operands that serve the call. Additive scores are float arithmetic.
 template <class F>
-FASTATTN_FN auto with_operands(DType dtype, const F& f) {
-  switch (dtype) {
+FASTATTN_FN auto with_operands(const AttentionParams& p, const F& f) {
+  switch (p.dtype) {
     case DType::kBFloat16:
 #if FASTATTN_BF16_DOT
-      return f.template run<Bf16Operands>();
-#else
-      return f.template run<FloatOperands<BFloat16>>();
+      if (p.w == nullptr) return f.template run<Bf16Operands>();
 #endif
+      return f.template run<FloatOperands<BFloat16>>();
     case DType::kFloat16:
       return f.template run<FloatOperands<Float16>>();
     default:
@@ -34,7 +33,7 @@ struct ForwardBytes {
     return bytes;
   }
 };
-size_t forward_scratch_bytes(const AttentionParams& p) { return with_operands(p.dtype, ForwardBytes{p}); }
+size_t forward_scratch_bytes(const AttentionParams& p) { return with_operands(p, ForwardBytes{p}); }
 
 struct ForwardRun {
   const AttentionParams& p;
@@ -46,7 +45,7 @@ struct ForwardRun {
   }
 };
 void forward_item(const AttentionParams& p, const ForwardItem& item, void* scratch) {
-  with_operands(p.dtype, ForwardRun{p, item, static_cast<char*>(scratch)});
+  with_operands(p, ForwardRun{p, item, static_cast<char*>(scratch)});
 }
 
 struct BackwardBytes {
@@ -61,7 +60,7 @@ struct BackwardBytes {
   }
 };
 size_t backward_scratch_bytes(const AttentionGradParams& p, int64_t chunk_keys, bool dq_in_scratch) {
-  return with_operands(p.forward.dtype, BackwardBytes{p, chunk_keys, dq_in_scratch});
+  return with_operands(p.forward, BackwardBytes{p, chunk_keys, dq_in_scratch});
 }
 
 struct BackwardRun {
@@ -74,7 +73,7 @@ struct BackwardRun {
   }
 };
 void backward_task(const AttentionGradParams& p, const BackwardTask& task, void* scratch) {
-  with_operands(p.forward.dtype, BackwardRun{p, task, static_cast<char*>(scratch)});
+  with_operands(p.forward, BackwardRun{p, task, static_cast<char*>(scratch)});
 }
 
 struct ReduceDq {
@@ -89,7 +88,7 @@ struct ReduceDq {
 };
 void reduce_dq(const AttentionGradParams& p, int64_t b, int64_t hq, int64_t i0, int64_t i1, const float* partials,
                int64_t chunks, int64_t chunk_stride) {
-  with_operands(p.forward.dtype, ReduceDq{p, b, hq, i0, i1, partials, chunks, chunk_stride});
+  with_operands(p.forward, ReduceDq{p, b, hq, i0, i1, partials, chunks, chunk_stride});
 }
 
 // Independent chains of multiply-adds, as many as the register file holds beside their operands: the peak that the

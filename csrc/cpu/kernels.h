@@ -25,6 +25,7 @@ struct BackwardTask {
   int64_t j0, j1;
   float* dq_partial;  // [B, Hq, Lq padded to kBlockRows, D padded] of this chunk, or null: the task writes dq itself
   float* d_sinks_partial;  // [B, Hq], or null
+  float* dw_partial;       // [B, Hq, D padded] of this chunk, or null
 };
 
 struct KernelTable {

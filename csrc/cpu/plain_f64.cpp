@@ -70,6 +70,12 @@ double dot(const double* x, const double* y, int64_t n) {
   return sum;
 }
 
+double additive_score(const double* w, const double* q, const double* k, int64_t n) {
+  double sum = 0.0;
+  for (int64_t d = 0; d < n; ++d) sum += w[d] * std::tanh(q[d] + k[d]);
+  return sum;
+}
+
 void add_scaled(double* y, double factor, const double* x, int64_t n) {
   for (int64_t d = 0; d < n; ++d) y[d] += factor * x[d];
 }
@@ -84,6 +90,7 @@ struct Row {
 
   const double* q() const { return row_of(static_cast<const double*>(p.q), p.q_stride, b, hq, i); }
   const double* k(int64_t j) const { return row_of(static_cast<const double*>(p.k), p.k_stride, b, hkv, j); }
+  const double* w() const { return static_cast<const double*>(p.w) + hq * p.w_stride; }
   const double* v(int64_t j) const { return row_of(static_cast<const double*>(p.v), p.v_stride, b, hkv, j); }
   int64_t stat() const { return (b * p.Hq + hq) * p.Lq + i; }  // index into lse, row_max and row_sum
   double sink() const { return p.sinks ? static_cast<const double*>(p.sinks)[hq] : kMinusInfinity; }
@@ -124,7 +131,7 @@ struct Row {
         scores[j - begin] = kMinusInfinity;
         continue;
       }
-      double score = p.scale * dot(q(), k(j), p.D);
+      double score = p.w ? additive_score(w(), q(), k(j), p.D) : p.scale * dot(q(), k(j), p.D);
       double derivative = 1.0;
       if (p.softcap > 0.0) {
         const double t = std::tanh(score / p.softcap);
@@ -180,8 +187,20 @@ void forward_row(const Row& row, double* scores) {
   if (p.row_sum) static_cast<double*>(p.row_sum)[row.stat()] = l;
 }
 
-// Adds the row's part to dk, dv and d_bias, sets its dq, and returns its part of the sink's gradient.
-double backward_row(const AttentionGradParams& g, const Row& row, double* scores, double* cap_derivative) {
+// What a gradient ds of w . tanh(q + k) adds to those of q, k and w.
+void add_additive_gradient(double ds, const Row& row, int64_t j, double* dq, double* dk, double* dw) {
+  const double *w = row.w(), *q = row.q(), *k = row.k(j);
+  for (int64_t d = 0; d < row.p.D; ++d) {
+    const double t = std::tanh(q[d] + k[d]);
+    const double dx = ds * w[d] * (1.0 - t * t);
+    dq[d] += dx;
+    dk[d] += dx;
+    dw[d] += ds * t;
+  }
+}
+
+// Adds the row's part to dk, dv, d_bias and dw, sets its dq, and returns its part of the sink's gradient.
+double backward_row(const AttentionGradParams& g, const Row& row, double* scores, double* cap_derivative, double* dw) {
   const AttentionParams& p = row.p;
   double* dq = row_of(static_cast<double*>(g.dq), g.dq_stride, row.b, row.hq, row.i);
   for (int64_t d = 0; d < p.D; ++d) dq[d] = 0.0;
@@ -212,8 +231,12 @@ double backward_row(const AttentionGradParams& g, const Row& row, double* scores
       const int64_t* stride = g.d_bias_stride;
       static_cast<double*>(g.d_bias)[row.b * stride[0] + row.hq * stride[1] + row.i * stride[2] + j * stride[3]] += ds;
     }
-    const double dx = p.scale * ds * cap_derivative[j - row.begin];
     double* dk = row_of(static_cast<double*>(g.dk), g.dk_stride, row.b, row.hkv, j);
+    if (p.w) {
+      add_additive_gradient(ds * cap_derivative[j - row.begin], row, j, dq, dk, dw);
+      continue;
+    }
+    const double dx = p.scale * ds * cap_derivative[j - row.begin];
     add_scaled(dq, dx, row.k(j), p.D);
     add_scaled(dk, dx, row.q(), p.D);
   }
@@ -278,6 +301,8 @@ void plain_backward_f64(const AttentionGradParams& params, const Parallel& paral
   std::vector<double> scratch(2 * static_cast<size_t>(workers) * static_cast<size_t>(p.Lk));
   std::vector<double> sink_parts(params.d_sinks ? static_cast<size_t>(p.B * p.Hq) : 0);
 
+  std::vector<double> dw_parts(params.dw ? static_cast<size_t>(p.B * p.Hq * p.D) : 0);
+
   if (params.d_bias) zero_bias_gradient(params);
 
   const auto backward_heads = [&](int64_t b, int64_t hkv, double* scores, double* cap_derivative) {
@@ -285,7 +310,8 @@ void plain_backward_f64(const AttentionGradParams& params, const Parallel& paral
     zero_rows(static_cast<double*>(params.dv), params.dv_stride, b, hkv, p.Lk, p.Dv);
     for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
       double d_sink = 0.0;
-      for (int64_t i = 0; i < p.Lq; ++i) d_sink += backward_row(params, Row(p, b, hq, i), scores, cap_derivative);
+      double* dw = dw_parts.data() + (params.dw ? (b * p.Hq + hq) * p.D : 0);
+      for (int64_t i = 0; i < p.Lq; ++i) d_sink += backward_row(params, Row(p, b, hq, i), scores, cap_derivative, dw);
       if (params.d_sinks) sink_parts[static_cast<size_t>(b * p.Hq + hq)] = d_sink;
     }
   };
@@ -299,6 +325,14 @@ void plain_backward_f64(const AttentionGradParams& params, const Parallel& paral
     }
   });
 
+  if (params.dw) {
+    double* dw = static_cast<double*>(params.dw);
+    const int64_t rows = p.w_stride == 0 ? 1 : p.Hq;
+    for (int64_t at = 0; at < rows * p.D; ++at) dw[at] = 0.0;
+    for (int64_t head = 0; head < p.B * p.Hq; ++head) {
+      add_scaled(dw + head % rows * p.D, 1.0, dw_parts.data() + head * p.D, p.D);
+    }
+  }
   if (params.d_sinks) {
     double* d_sinks = static_cast<double*>(params.d_sinks);
     for (int64_t hq = 0; hq < p.Hq; ++hq) {

@@ -40,6 +40,17 @@ FASTATTN_FN Vf vexp2(Vf t) {
 
 FASTATTN_FN Vf vexp(Vf x) { return vexp2<5>(vmul(x, vset(kLog2e))); }
 
+// 1 / x of numbers whose reciprocal is normal: to about an ulp where kRefined, else to 14 bits or more, which serves results
+// of 16 bits. Newton's step doubles the bits of an estimate; Halley's, one multiply-add more, triples them.
+template <bool kRefined>
+FASTATTN_FN Vf vreciprocal(Vf x) {
+  const Vf y = vreciprocal_estimate(x);
+  if constexpr (kReciprocalBits >= 24 || (!kRefined && kReciprocalBits >= 14)) return y;
+  const Vf rest = vnegative_fma(x, y, vset(1.0f));
+  if constexpr (kRefined && kReciprocalBits < 14) return vfma(y, vfma(rest, rest, rest), y);
+  return vfma(y, rest, y);
+}
+
 // tanh by an odd polynomial near 0, where 1 - 2 / (1 + e^2x) would cancel, and by that formula elsewhere.
 FASTATTN_FN Vf vtanh(Vf x) {
   const Vf magnitude = vabs(x);

@@ -27,6 +27,9 @@ FASTATTN_FN Vf vsub(Vf a, Vf b) { return _mm256_sub_ps(a, b); }
 FASTATTN_FN Vf vmul(Vf a, Vf b) { return _mm256_mul_ps(a, b); }
 FASTATTN_FN Vf vdiv(Vf a, Vf b) { return _mm256_div_ps(a, b); }
 FASTATTN_FN Vf vfma(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
+FASTATTN_FN Vf vnegative_fma(Vf a, Vf b, Vf c) { return _mm256_fnmadd_ps(a, b, c); }
+constexpr int kReciprocalBits = 11;
+FASTATTN_FN Vf vreciprocal_estimate(Vf x) { return _mm256_rcp_ps(x); }
 FASTATTN_FN Vf vmax(Vf a, Vf b) { return _mm256_max_ps(a, b); }
 FASTATTN_FN Vf vmin(Vf a, Vf b) { return _mm256_min_ps(a, b); }
 FASTATTN_FN Vf vabs(Vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }

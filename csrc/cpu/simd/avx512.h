@@ -32,6 +32,9 @@ FASTATTN_FN Vf vsub(Vf a, Vf b) { return _mm512_sub_ps(a, b); }
 FASTATTN_FN Vf vmul(Vf a, Vf b) { return _mm512_mul_ps(a, b); }
 FASTATTN_FN Vf vdiv(Vf a, Vf b) { return _mm512_div_ps(a, b); }
 FASTATTN_FN Vf vfma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
+FASTATTN_FN Vf vnegative_fma(Vf a, Vf b, Vf c) { return _mm512_fnmadd_ps(a, b, c); }
+constexpr int kReciprocalBits = 14;
+FASTATTN_FN Vf vreciprocal_estimate(Vf x) { return _mm512_rcp14_ps(x); }
 FASTATTN_FN Vf vmax(Vf a, Vf b) { return _mm512_max_ps(a, b); }
 FASTATTN_FN Vf vmin(Vf a, Vf b) { return _mm512_min_ps(a, b); }
 FASTATTN_FN Vf vabs(Vf a) { return _mm512_abs_ps(a); }

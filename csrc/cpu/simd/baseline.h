@@ -32,6 +32,10 @@ FASTATTN_FN Vf vsub(Vf a, Vf b) { return a - b; }
 FASTATTN_FN Vf vmul(Vf a, Vf b) { return a * b; }
 FASTATTN_FN Vf vdiv(Vf a, Vf b) { return a / b; }
 FASTATTN_FN Vf vfma(Vf a, Vf b, Vf c) { return a * b + c; }  // fused where the processor can, else rounded twice
+FASTATTN_FN Vf vnegative_fma(Vf a, Vf b, Vf c) { return c - a * b; }
+// 1 / x to kReciprocalBits bits.
+constexpr int kReciprocalBits = 24;
+FASTATTN_FN Vf vreciprocal_estimate(Vf x) { return 1.0f / x; }
 
 FASTATTN_FN Vf vselect(Vm m, Vf yes, Vf no) { return (Vf)((m & (Vm)yes) | (~m & (Vm)no)); }  // m ? yes : no
 FASTATTN_FN Vm vless(Vf a, Vf b) { return a < b; }
