@@ -29,8 +29,8 @@ struct AttentionParams {
   const void* v = nullptr;                                       // [B, Hkv, Lk, Dv]
   int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // batch, head, row
 
-  // Additive scores (Bahdanau), w . tanh(q_i + k_j) in place of scale * q_i . k_j: w [Hq, D] of dtype, its rows contiguous;
-  // w_stride from head to head, 0 where they share one. Null: dot products.
+  // Additive scores (Bahdanau), w . tanh(q_i + k_j) in place of scale * q_i . k_j: w [Hq, D] of dtype, its rows
+  // contiguous; w_stride from head to head, 0 where they share one. Null: dot products.
   const void* w = nullptr;
   int64_t w_stride = 0;
 
@@ -88,6 +88,58 @@ struct AttentionGradParams {
   int64_t d_bias_stride[4] = {};
   void* d_sinks = nullptr;  // [Hq], accumulator type, or null
   void* dw = nullptr;       // [Hq, D], or [D] where heads share w; contiguous, accumulator type; not null where w is not
+};
+
+// Hard attention: each row takes the value of one key,
+//
+//   index_i = argmax_j  s_ij + g_ij        g_ij = -log(-log(u_ij)) (Gumbel noise; core/gumbel.h), or 0
+//   o_i     = v[index_i]                   log_prob_i = s_ij - lse_i at j = index_i
+//
+// so that with noise index_i is drawn with the probabilities softmax(s_i). The lowest key wins among equals. A row
+// that sees no key has index -1, o 0, log_prob 0.
+struct HardAttentionParams {
+  // Without w, softcap, bias, alibi_slopes, sinks and dropout; o is v[index], lse is not written. A temperature is in
+  // scale. The noise is drawn from (seed, offset), or rng_state.
+  AttentionParams attention;
+  bool is_sampled = false;   // false: no noise
+  int64_t* index = nullptr;  // [B, Hq, Lq], contiguous
+  void* log_prob = nullptr;  // [B, Hq, Lq], contiguous, accumulator type
+};
+
+// What flows back through log_prob into the scores, and through o to the values that were taken:
+//
+//   dS_ij = d_log_prob_i * ((j == index_i) - p_ij)         dv_j = sum of d_o_i over the rows with index_i = j
+struct HardAttentionGradParams {
+  AttentionParams forward;         // row_max and row_sum of the forward pass are inputs; o is not used
+  const int64_t* index = nullptr;  // [B, Hq, Lq], contiguous, within [-1, Lk)
+
+  const void* d_log_prob = nullptr;  // [B, Hq, Lq], contiguous, accumulator type; null: 0
+  const void* d_o = nullptr;         // [B, Hq, Lq, Dv]; null: 0
+  int64_t d_o_stride[3] = {};
+
+  // Every element of each is written.
+  void* dq = nullptr;  // [B, Hq, Lq, D]
+  void* dk = nullptr;  // [B, Hkv, Lk, D]
+  void* dv = nullptr;  // [B, Hkv, Lk, Dv]
+  int64_t dq_stride[3] = {}, dk_stride[3] = {}, dv_stride[3] = {};
+};
+
+constexpr int64_t kMaxTopK = 128;
+
+// What there is to know about the weights without holding them all. p as above, before dropout; a sink takes its mass.
+struct SummaryParams {
+  // Without w, v, o and dropout (Dv is 0); lse, row_max and row_sum are written where not null.
+  AttentionParams attention;
+
+  // Contiguous; null: not wanted. "Real" is the accumulator type.
+  void* entropy = nullptr;        // [B, Hq, Lq] Real: -sum_j p_ij log p_ij, the sink's term included; 0 for an empty row
+  void* max_weight = nullptr;     // [B, Hq, Lq] Real: the largest p_ij; 0 for an empty row
+  int64_t top_k = 0;              // at most kMaxTopK
+  void* top_weights = nullptr;    // [B, Hq, Lq, top_k] Real: the largest first, the lower key first among equals;
+  int64_t* top_index = nullptr;   // [B, Hq, Lq, top_k], their keys; past the visible keys: weight 0, index -1
+  void* key_mass = nullptr;       // [B, Hq, Lk] Real: sum of p_ij over the rows i that row_mask keeps
+  const uint8_t* row_mask = nullptr;  // [B, Hq, Lq], nonzero = counts for key_mass; null: all do
+  int64_t row_mask_stride[3] = {};
 };
 
 }  // namespace fastattn

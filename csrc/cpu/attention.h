@@ -20,8 +20,17 @@ void set_active_isa(Isa isa);                    // a supported level; not while
 // o, and lse, row_max and row_sum where asked for. Throws std::bad_alloc when there is no memory for scratch.
 void attention_forward(const AttentionParams& params, const Parallel& parallel);
 
-// dq, dk, dv, and d_bias and d_sinks where asked for; every element of each is written.
+// dq, dk, dv, and d_bias, d_sinks and dw where asked for; every element of each is written.
 void attention_backward(const AttentionGradParams& params, const Parallel& parallel);
+
+// o, index and log_prob, and row_max and row_sum where asked for.
+void hard_attention_forward(const HardAttentionParams& params, const Parallel& parallel);
+
+// dq, dk and dv.
+void hard_attention_backward(const HardAttentionGradParams& params, const Parallel& parallel);
+
+// Whatever of the summary is asked for.
+void attention_summary(const SummaryParams& params, const Parallel& parallel);
 
 // Peak rates for the benchmark, in flop per second summed over `parallel.threads`: multiply-adds in registers at the
 // active level, for float32 operands or (pairs: where the level has a bfloat16 dot product) for bfloat16 ones.

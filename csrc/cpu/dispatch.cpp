@@ -334,4 +334,8 @@ double measure_peak_flops(DType dtype, const Parallel& parallel) {
   return best;
 }
 
+void hard_attention_forward(const HardAttentionParams&, const Parallel&) { throw std::bad_alloc(); }
+void hard_attention_backward(const HardAttentionGradParams&, const Parallel&) { throw std::bad_alloc(); }
+void attention_summary(const SummaryParams&, const Parallel&) { throw std::bad_alloc(); }
+
 }  // namespace fastattn::cpu

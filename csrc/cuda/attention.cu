@@ -95,4 +95,17 @@ std::string build_info() {
   return "cuda: " + toolkit + "\ncuda archs: " FASTATTN_CUDA_ARCHS;
 }
 
+size_t hard_forward_workspace_bytes(const HardAttentionParams&, const DeviceProperties&) { return 0; }
+size_t hard_backward_workspace_bytes(const HardAttentionGradParams&, const DeviceProperties&) { return 0; }
+size_t summary_workspace_bytes(const SummaryParams&, const DeviceProperties&) { return 0; }
+void hard_attention_forward(const HardAttentionParams&, const DeviceProperties&, void*, Stream) {
+  throw std::runtime_error("not built yet");
+}
+void hard_attention_backward(const HardAttentionGradParams&, const DeviceProperties&, void*, Stream) {
+  throw std::runtime_error("not built yet");
+}
+void attention_summary(const SummaryParams&, const DeviceProperties&, void*, Stream) {
+  throw std::runtime_error("not built yet");
+}
+
 }  // namespace fastattn::cuda

@@ -35,11 +35,20 @@ DeviceProperties device_properties(int device);
 // pointer is followed.
 size_t forward_workspace_bytes(const AttentionParams& params, const DeviceProperties& device);
 size_t backward_workspace_bytes(const AttentionGradParams& params, const DeviceProperties& device);
+size_t hard_forward_workspace_bytes(const HardAttentionParams& params, const DeviceProperties& device);
+size_t hard_backward_workspace_bytes(const HardAttentionGradParams& params, const DeviceProperties& device);
+size_t summary_workspace_bytes(const SummaryParams& params, const DeviceProperties& device);
 
 // workspace: that many bytes, aligned to kWorkspaceAlignment, of any contents; null where they need none.
 void attention_forward(const AttentionParams& params, const DeviceProperties& device, void* workspace, Stream stream);
 void attention_backward(const AttentionGradParams& params, const DeviceProperties& device, void* workspace,
                         Stream stream);
+
+void hard_attention_forward(const HardAttentionParams& params, const DeviceProperties& device, void* workspace,
+                            Stream stream);
+void hard_attention_backward(const HardAttentionGradParams& params, const DeviceProperties& device, void* workspace,
+                             Stream stream);
+void attention_summary(const SummaryParams& params, const DeviceProperties& device, void* workspace, Stream stream);
 
 // keep: [B, H, Lq, Lk], contiguous, 1 = kept. rng_state: see AttentionParams.
 void dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p,

@@ -50,6 +50,16 @@ void attention_forward(const AttentionParams& params, const Device&) { call(cpu:
 
 void attention_backward(const AttentionGradParams& params, const Device&) { call(cpu::attention_backward, params); }
 
+void hard_attention_forward(const HardAttentionParams& params, const Device&) {
+  call(cpu::hard_attention_forward, params);
+}
+
+void hard_attention_backward(const HardAttentionGradParams& params, const Device&) {
+  call(cpu::hard_attention_backward, params);
+}
+
+void attention_summary(const SummaryParams& params, const Device&) { call(cpu::attention_summary, params); }
+
 void dropout_mask(uint8_t* keep, const int64_t* state, const MaskSizes& sizes, double p, const Device&) {
   const cpu::Parallel parallel = torch_parallel();
   DropoutMask mask{keep, sizes, static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1]), p, parallel.threads};

@@ -78,6 +78,27 @@ void attention_backward(const AttentionGradParams& params, const Device& device)
   reported([&] { cuda::attention_backward(params, properties, workspace.data(), current_stream(device)); });
 }
 
+void hard_attention_forward(const HardAttentionParams& params, const Device& device) {
+  const DeviceGuard guard(device.index);
+  const cuda::DeviceProperties properties = properties_of(device);
+  const Workspace workspace(cuda::hard_forward_workspace_bytes(params, properties), device);
+  reported([&] { cuda::hard_attention_forward(params, properties, workspace.data(), current_stream(device)); });
+}
+
+void hard_attention_backward(const HardAttentionGradParams& params, const Device& device) {
+  const DeviceGuard guard(device.index);
+  const cuda::DeviceProperties properties = properties_of(device);
+  const Workspace workspace(cuda::hard_backward_workspace_bytes(params, properties), device);
+  reported([&] { cuda::hard_attention_backward(params, properties, workspace.data(), current_stream(device)); });
+}
+
+void attention_summary(const SummaryParams& params, const Device& device) {
+  const DeviceGuard guard(device.index);
+  const cuda::DeviceProperties properties = properties_of(device);
+  const Workspace workspace(cuda::summary_workspace_bytes(params, properties), device);
+  reported([&] { cuda::attention_summary(params, properties, workspace.data(), current_stream(device)); });
+}
+
 void dropout_mask(uint8_t* keep, const int64_t* state, const MaskSizes& sizes, double p, const Device& device) {
   const DeviceGuard guard(device.index);
   reported([&] { cuda::dropout_mask(keep, state, sizes.B, sizes.H, sizes.Lq, sizes.Lk, p, current_stream(device)); });

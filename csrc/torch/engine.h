@@ -20,6 +20,9 @@ void set_rng_state(const int64_t* state, AttentionParams* params);
 // Arguments have been checked, results allocated, and there is something to compute.
 void attention_forward(const AttentionParams& params, const Device& device);
 void attention_backward(const AttentionGradParams& params, const Device& device);
+void hard_attention_forward(const HardAttentionParams& params, const Device& device);
+void hard_attention_backward(const HardAttentionGradParams& params, const Device& device);
+void attention_summary(const SummaryParams& params, const Device& device);
 void dropout_mask(uint8_t* keep, const int64_t* state, const MaskSizes& sizes, double p, const Device& device);
 
 }  // namespace fastattn::engine
