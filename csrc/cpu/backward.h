@@ -6,6 +6,8 @@
 //   d_bias += dS                             dQ += scale * dS' K         dS' = dS * d softcap
 //   d_sinks_h = -sum_i exp(sink_h - row_max_i) / row_sum_i * delta_i     dK += scale * dS'^T Q
 //
+// and what additive scores have in place of the last two products: additive.h.
+//
 // (Dao et al., "FlashAttention", 2022, algorithm 4, and appendix B for delta.) Scores are computed again as in the
 // forward pass, transposed, with lanes = query rows; in the three products that follow, lanes = head dims and the
 // caller's rows are operands as they lie. A task owns a chunk of keys; it walks over blocks of kSuperRows query rows,
@@ -45,10 +47,7 @@ struct BackwardScratch {
   float* v;
   float* k_rows;
   float* w;          // additive scores: [padded D],
-  float* dw;         // its gradient by one head,
-  float* qt_raw;     // and Q^T, Q and K as they are, for tiles that want them
-  float* q_raw;
-  float* k_raw;
+  float* dw;         // and its gradient by one head
   float* s;          // [keys + kRowPad][kBlockRows]: scores, then weights
   float* ds;         // dP, then dS
   uint16_t* s_half;  // bfloat16 arithmetic: weights and dS rounded, [key][row],
@@ -87,12 +86,8 @@ inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t c
   s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
   s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
   s.k_rows = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
-  const bool is_additive = p.w != nullptr;
-  s.w = arena.take<float>(is_additive ? Operands::padded(p.D) : 0);
-  s.dw = arena.take<float>(is_additive ? Operands::padded(p.D) : 0);
-  s.qt_raw = arena.take<float>(is_additive ? Operands::transposed_columns(p.D) * kBlockRows : 0);
-  s.q_raw = arena.take<float>(is_additive ? Operands::copy_floats(kBlockRows, p.D) : 0);
-  s.k_raw = arena.take<float>(is_additive ? Operands::copy_floats(kMaxBlockKeys, p.D) : 0);
+  s.w = arena.take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
+  s.dw = arena.take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
   s.s = arena.take<float>(kTile);
   s.ds = arena.take<float>(kTile);
   s.s_half = arena.take<uint16_t>(Operands::kPairs ? kTile : 0);
@@ -112,10 +107,9 @@ template <class Operands>
 struct BackwardPanel {
   const AttentionParams& p;
   const BackwardScratch& scratch;
-  const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
-  float scale;                      // not yet in Q
-  Scoring scoring;
-  const float* qt;  // by panels
+  const ScoreModifiers* modifiers;    // null: scores are the products, times `scale`
+  float scale;                        // not yet in Q
+  const TanhRows<Operands>* queries;  // additive scores; null: dot products
   Operand k, v;
   int64_t first_key, nk;  // of the tile's keys, those to compute; k and v start at first_key
   int64_t block;          // of the super-block's rows
@@ -128,13 +122,13 @@ struct BackwardPanel {
     const int64_t lane0 = v0 * kLanes;
     const int64_t first = first_key * kBlockRows + lane0;
     const int64_t rows = max_i64(nk, row_major_rows(NV));
-    const float* q_panel = qt + panel_offset(lane0, Operands::transposed_columns(p.D));
+    const float* qt = scratch.qt[block] + panel_offset(lane0, Operands::transposed_columns(p.D));
     const float* d_ot = scratch.d_ot[block] + panel_offset(lane0, Operands::transposed_columns(p.Dv));
-    if (scoring == Scoring::kDot) {
-      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows, reinterpret_cast<const char*>(q_panel), kRow,
+    if (Operands::kPairs || queries == nullptr) {
+      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows, reinterpret_cast<const char*>(qt), kRow,
                                       Operands::units(p.D), scratch.s + first, kBlockRows, nullptr);
     } else {
-      additive_scores<NV, Operands>(scoring, q_panel, k, scratch.w, p.D, nk, scratch.s + first, kBlockRows);
+      additive_scores<NV>(*queries, v0, k, scratch.w, nk, scratch.s + first, kBlockRows);
     }
     if (modifiers != nullptr) {
       Vf unused[NV];
@@ -185,33 +179,28 @@ struct BackwardPanel {
   }
 
   // One vector: the weight that multiplies dO, and scale * dS'.
-  FASTATTN_FN void gradient(const BackwardPanel& self, int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
-                            Vf* weight, Vf* gradient) {
-    const BackwardScratch& scratch = self.scratch;
+  inline __attribute__((always_inline)) void gradient_at(int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
+                                                         Vf* weight, Vf* gradient) const {
     const Vf x = vload(scratch.s + at);
     // Modified scores may be large and equal (a finite mask): subtract first. Plain bfloat16 products may be scaled
     // and shifted in one operation, at an error far below bfloat16's.
-    const bool one_step = Operands::kPairs && self.modifiers == nullptr;
-    const Vf t = one_step ? vfma(x, vset(self.scale * kLog2e), shift) : vmul(vsub(x, base), vset(kLog2e));
+    const bool one_step = Operands::kPairs && modifiers == nullptr;
+    const Vf t = one_step ? vfma(x, vset(scale * kLog2e), shift) : vmul(vsub(x, base), vset(kLog2e));
     const Vf w = vmul(vexp2<Operands::kExp2Degree>(t), inverse_sum);
     Vf dw = vload(scratch.ds + at);
     *weight = w;
-    if (self.p.dropout_p > 0.0) {
+    if (p.dropout_p > 0.0) {
       const Vf z = vload(scratch.dropout + at);
       *weight = vmul(w, z);
       dw = vmul(dw, z);
     }
     Vf g = vmul(w, vsub(dw, delta));
-    if (self.wants_d_bias) vstore(scratch.d_bias + at, g);
-    if (self.p.softcap != 0.0) {
+    if (wants_d_bias) vstore(scratch.d_bias + at, g);
+    if (p.softcap != 0.0) {
       const Vf tanh = vload(scratch.tanh + at);
       g = vmul(g, vsub(vset(1.0f), vmul(tanh, tanh)));
     }
-    *gradient = vmul(g, vset(static_cast<float>(self.p.scale)));
-  }
-  inline __attribute__((always_inline)) void gradient_at(int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
-                                                         Vf* weight, Vf* g) const {
-    gradient(*this, at, base, shift, inverse_sum, delta, weight, g);
+    *gradient = vmul(g, vset(product_scale(p)));
   }
 };
 
@@ -383,28 +372,6 @@ inline void run_trimmed(const MaskGeometry& g, const Tile& tile, const BackwardP
   }
 }
 
-// What flows back through a tile of additive scores. q: the block's rows, k: the tile's keys, as the scores had them.
-template <class Operands>
-inline void add_additive_gradients(const AttentionParams& p, Scoring scoring, const float* q, Operand k,
-                                   const MaskGeometry* trimmed_by, const Tile& tile, float* dq, float* dk,
-                                   const BackwardScratch& scratch) {
-  if constexpr (!Operands::kPairs) {
-    const auto rows_of = [&](int64_t c, int64_t n) {
-      return trimmed_by != nullptr ? visible_rows(*trimmed_by, tile, c, n) : TileSpan{0, tile.rows};
-    };
-    const int64_t width = Operands::padded(p.D);
-    const float* keys = reinterpret_cast<const float*>(k.data);
-    constexpr bool kRefined = kRefinedFor<Operands>;
-    if (scoring == Scoring::kAdditive) {
-      additive_gradients<kRefined, false>(q, keys, width, scratch.w, scratch.ds, tile.nk, rows_of, dq, dq_columns(p), dk,
-                                          width, scratch.dw);
-    } else {
-      additive_gradients<kRefined, true>(q, keys, width, scratch.w, scratch.ds, tile.nk, rows_of, dq, dq_columns(p), dk,
-                                         width, scratch.dw);
-    }
-  }
-}
-
 // A super-block of rows of one head against the task's keys [j0, j1), which all exist.
 template <class Operands>
 inline void backward_super_block(const AttentionGradParams& gp, const MaskGeometry& g, int64_t b, int64_t hq,
@@ -412,31 +379,30 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
                                  const BackwardScratch& scratch) {
   using Raw = typename Operands::Raw;
   const AttentionParams& p = gp.forward;
-  const float scale = static_cast<float>(p.scale);
-  const bool is_additive = p.w != nullptr;
-  const float rest_scale = Operands::kPairs && !is_additive ? scale : 1.0f;
+  const float scale = product_scale(p);
+  const float rest_scale = Operands::kPairs ? scale : 1.0f;
   const int64_t step = key_step(p, j1 - j0);
 
   // Pack the blocks of rows that see any of these keys.
   const TileRange seen = row_range(g, j0, j1);
   Operand q_rows[kSuperBlocks], d_o_rows[kSuperBlocks];
-  bool rows_are_far[kSuperBlocks] = {};
+  TanhRows<Operands> queries[kSuperBlocks];
   for (int64_t i0 = super_i0; i0 < super_i1; i0 += kBlockRows) {
     const int64_t block = (i0 - super_i0) / kBlockRows;
     const int64_t rows = min_i64(kBlockRows, super_i1 - i0);
     if (i0 >= seen.end || i0 + rows <= seen.begin) continue;
     const Raw* q = row_at<const Raw>(p.q, p.q_stride, b, hq, i0);
     const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i0);
-    Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, is_additive ? 1.0f : scale);
-    Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
-    clear_saturated_rows<Operands>(scratch.d_ot[block], scratch.is_saturated + block * kBlockRows, rows, p.Dv);
-    if (is_additive) {
-      rows_are_far[block] = exponentiate_panels(scratch.qt[block], rows, p.D, Operands::transposed_columns(p.D));
-      additive_rows<Operands>(q, p.q_stride[2], rows, p.D, scratch.q_rows[block]);
-      exponentiate_rows(scratch.q_rows[block], rows * Operands::padded(p.D));
+    if (is_additive<Operands>(p)) {
+      queries[block] = {
+          q, p.q_stride[2], rows, p.D, rows > kFewRows ? scratch.qt[block] : nullptr, scratch.q_rows[block]};
+      queries[block].load();
     } else {
+      Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, scale);
       q_rows[block] = Operands::vector_rows(scratch.q_rows[block], q, p.q_stride[2], rows, p.D);
     }
+    Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
+    clear_saturated_rows<Operands>(scratch.d_ot[block], scratch.is_saturated + block * kBlockRows, rows, p.Dv);
     d_o_rows[block] = Operands::vector_rows(scratch.d_o_rows[block], d_o, gp.d_o_stride[2], rows, p.Dv);
   }
 
@@ -450,10 +416,10 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
     const Raw* k = row_at<const Raw>(p.k, p.k_stride, b, hkv, key0);
     const Raw* v = row_at<const Raw>(p.v, p.v_stride, b, hkv, key0);
     Operand k_broadcast{}, k_vectors{};
-    bool keys_are_far = false;
-    if (is_additive) {
-      k_broadcast = additive_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k);
-      keys_are_far = exponentiate_rows(scratch.k, round_up(nk, kAdditiveKeys) * Operands::padded(p.D));
+    TanhRows<Operands> additive_keys;
+    if (is_additive<Operands>(p)) {
+      additive_keys = key_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k);
+      k_broadcast = additive_keys.operand();
     } else {
       k_broadcast = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], nk, p.D);
       k_vectors = Operands::vector_rows(scratch.k_rows, k, p.k_stride[2], nk, p.D);
@@ -472,25 +438,13 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
         modifiers.tanh_tile = p.softcap != 0.0 ? scratch.tanh : nullptr;
       }
       if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
-      Scoring scoring = is_additive ? Scoring::kAdditive : Scoring::kDot;
-      const float *qt = scratch.qt[block], *q_additive = scratch.q_rows[block];
-      Operand keys = k_broadcast;
-      if (keys_are_far && rows_are_far[block]) {
-        scoring = Scoring::kAdditiveExact;
-        const Raw* q = row_at<const Raw>(p.q, p.q_stride, b, hq, i0);
-        Operands::transposed(scratch.qt_raw, q, p.q_stride[2], tile.rows, p.D, 1.0f);
-        additive_rows<Operands>(q, p.q_stride[2], tile.rows, p.D, scratch.q_raw);
-        keys = additive_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k_raw);
-        qt = scratch.qt_raw;
-        q_additive = scratch.q_raw;
-      }
+      if (is_additive<Operands>(p)) take_common_form(queries[block], additive_keys);
       const BackwardPanel<Operands> panel{p,
                                           scratch,
                                           is_modified ? &modifiers : nullptr,
                                           rest_scale,
-                                          scoring,
-                                          qt,
-                                          keys,
+                                          is_additive<Operands>(p) ? &queries[block] : nullptr,
+                                          k_broadcast,
                                           v_broadcast,
                                           0,
                                           nk,
@@ -526,18 +480,20 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
       for_each_panel(vectors_of(p.Dv),
                      AccumulateKeys<Operands>{weights, key_stride, nk, d_o_rows[block],
                                               scratch.dv + (key0 - j0) * dv_stride, dv_stride, row_units});
-      if (is_additive) {
-        add_additive_gradients<Operands>(p, scoring, q_additive, keys, is_trimmed ? &g : nullptr, tile,
-                                         dq + block * kBlockRows * dq_columns(p), scratch.dk + (key0 - j0) * dk_stride,
-                                         scratch);
+      float* dq_block = dq + block * kBlockRows * dq_columns(p);
+      float* dk_rows = scratch.dk + (key0 - j0) * dk_stride;
+      if (is_additive<Operands>(p)) {
+        const auto rows_of = [&](int64_t c, int64_t n) {
+          return is_trimmed ? visible_rows(g, tile, c, n) : TileSpan{0, tile.rows};
+        };
+        add_additive_gradients(queries[block], additive_keys, scratch.w,
+                               {scratch.ds, dq_block, dq_columns(p), dk_rows, scratch.dw}, rows_of);
         continue;
       }
       for_each_panel(vectors_of(p.D),
-                     AccumulateKeys<Operands>{ds_rows, key_stride, nk, q_rows[block],
-                                              scratch.dk + (key0 - j0) * dk_stride, dk_stride, row_units});
-      for_each_panel(vectors_of(p.D),
-                     AccumulateRows<Operands>{ds_columns, kBlockRows * 4, tile.rows, k_vectors,
-                                              dq + block * kBlockRows * dq_columns(p), dq_columns(p), key_units});
+                     AccumulateKeys<Operands>{ds_rows, key_stride, nk, q_rows[block], dk_rows, dk_stride, row_units});
+      for_each_panel(vectors_of(p.D), AccumulateRows<Operands>{ds_columns, kBlockRows * 4, tile.rows, k_vectors,
+                                                               dq_block, dq_columns(p), key_units});
     }
   }
 }
@@ -569,7 +525,7 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
       memset(scratch.dv, 0, rows * static_cast<size_t>(dv_stride) * sizeof(float));
       for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
         float d_sink = 0.0f;
-        if (p.w != nullptr) {
+        if (is_additive<Operands>(p)) {
           load_w<Operands>(p, hq, scratch.w);
           memset(scratch.dw, 0, sizeof(float) * static_cast<size_t>(Operands::padded(p.D)));
         }
@@ -589,8 +545,9 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
                                  i1 - i0, p.D);
           }
         }
-        if (p.w != nullptr) {
-          memcpy(task.dw_partial + (b * p.Hq + hq) * dq_columns(p), scratch.dw, sizeof(float) * static_cast<size_t>(p.D));
+        if (is_additive<Operands>(p)) {
+          memcpy(task.dw_partial + (b * p.Hq + hq) * dq_columns(p), scratch.dw,
+                 sizeof(float) * static_cast<size_t>(p.D));
         }
         if (task.d_sinks_partial != nullptr) task.d_sinks_partial[b * p.Hq + hq] = d_sink;
       }

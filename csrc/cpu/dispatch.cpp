@@ -187,8 +187,8 @@ int64_t broadcast_elements(const AttentionParams& p, const int64_t (&stride)[4])
 // its keys, and fill the lanes. Only where nothing but the length tells heads and rows apart.
 AttentionParams heads_as_rows(const AttentionParams& p) {
   const bool sees_all = p.causal != Causal::kTopLeft && p.window_left == kUnlimited && p.window_right == kUnlimited;
-  const bool is_plain =
-      p.w == nullptr && p.bias == nullptr && p.mask == nullptr && p.alibi_slopes == nullptr && p.sinks == nullptr && p.dropout_p == 0.0;
+  const bool is_plain = p.w == nullptr && p.bias == nullptr && p.mask == nullptr && p.alibi_slopes == nullptr &&
+                        p.sinks == nullptr && p.dropout_p == 0.0;
   if (p.Lq != 1 || p.Hq == p.Hkv || !sees_all || !is_plain) return p;
   AttentionParams joined = p;
   joined.Lq = p.Hq / p.Hkv;
@@ -241,9 +241,11 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
     std::memset(gp.d_bias, 0, sizeof(float) * static_cast<size_t>(broadcast_elements(p, gp.d_bias_stride)));
   }
   float* d_sinks = static_cast<float*>(gp.d_sinks);
+  const int64_t dw_rows = p.w_stride == 0 ? 1 : p.Hq;
+  const size_t dw_bytes = gp.dw != nullptr ? sizeof(float) * static_cast<size_t>(dw_rows * p.D) : 0;
   if (heads == 0) {
     if (d_sinks != nullptr) std::memset(d_sinks, 0, sizeof(float) * static_cast<size_t>(p.Hq));
-    if (gp.dw != nullptr && p.w_stride == 0) std::memset(gp.dw, 0, sizeof(float) * static_cast<size_t>(p.D));
+    if (gp.dw != nullptr) std::memset(gp.dw, 0, dw_bytes);
     zero_rows(p, gp.dk, gp.dk_stride, p.D);
     zero_rows(p, gp.dv, gp.dv_stride, p.Dv);
     return;
@@ -258,14 +260,14 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
       plan.has_partials() ? sizeof(float) * static_cast<size_t>(plan.chunks * chunk_stride) : 0;
   const size_t sink_bytes = d_sinks != nullptr ? sizeof(float) * static_cast<size_t>(heads) : 0;
   const int64_t dw_chunk_floats = gp.dw != nullptr ? heads * plan.dq_row_floats : 0;
-  const size_t dw_bytes = sizeof(float) * static_cast<size_t>(plan.chunks * dw_chunk_floats);
-  const Workspace workspace(worker_stride(partial_bytes) + worker_stride(sink_bytes) + worker_stride(dw_bytes) +
+  const size_t dw_partial_bytes = sizeof(float) * static_cast<size_t>(plan.chunks * dw_chunk_floats);
+  const Workspace workspace(worker_stride(partial_bytes) + worker_stride(sink_bytes) + worker_stride(dw_partial_bytes) +
                             scratch_bytes * static_cast<size_t>(workers));
   float* partials = reinterpret_cast<float*>(workspace.data());
   float* sink_partials = reinterpret_cast<float*>(workspace.data() + worker_stride(partial_bytes));
   float* dw_partials =
       reinterpret_cast<float*>(workspace.data() + worker_stride(partial_bytes) + worker_stride(sink_bytes));
-  char* scratch_memory = reinterpret_cast<char*>(dw_partials) + worker_stride(dw_bytes);
+  char* scratch_memory = reinterpret_cast<char*>(dw_partials) + worker_stride(dw_partial_bytes);
 
   const int64_t groups = plan.b_groups * plan.h_groups;
   drain(parallel, tasks, workers, scratch_memory, scratch_bytes, [&](int64_t item, char* scratch) {
@@ -295,10 +297,10 @@ void attention_backward(const AttentionGradParams& gp, const Parallel& parallel)
   }
   if (gp.dw != nullptr) {
     float* dw = static_cast<float*>(gp.dw);
-    const bool is_shared = p.w_stride == 0;
-    std::memset(dw, 0, sizeof(float) * static_cast<size_t>((is_shared ? 1 : p.Hq) * p.D));
+    std::memset(dw, 0, dw_bytes);
+    // By chunks, batches and heads, as the partials lie.
     for (int64_t part = 0; part < plan.chunks * heads; ++part) {
-      float* to = dw + (is_shared ? 0 : part % p.Hq * p.D);
+      float* to = dw + part % dw_rows * p.D;
       const float* from = dw_partials + part * plan.dq_row_floats;
       for (int64_t d = 0; d < p.D; ++d) to[d] += from[d];
     }

@@ -17,14 +17,12 @@ namespace {
 
 // One worker's memory; `keys` at a time.
 struct ForwardScratch {
-  float* qt;  // Q^T by panels, times the scale in float arithmetic
+  float* qt;  // Q^T by panels, times the scale in float arithmetic; additive scores: score_rows
   float* ot;  // O^T by panels, not yet divided by the row sums
   float* s;   // [keys][kPanelRows]: a panel's scores, then weights
   float* k;   // copies of K and V, where they are needed
   float* v;
-  float* w;        // additive scores: [padded D],
-  float* qt_raw;   // and Q^T and K as they are, for tiles that want them
-  float* k_raw;
+  float* w;        // additive scores: [padded D]
   float* bias;     // [keys][kBlockRows]
   float* dropout;  // [keys][kBlockRows]
   uint64_t* keep;  // [keys]
@@ -45,10 +43,7 @@ inline ForwardScratch forward_scratch(const AttentionParams& p, char* memory, si
   s.s = arena.take<float>((kMaxBlockKeys + kRowPad) * kPanelRows);
   s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
   s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
-  const bool is_additive = p.w != nullptr;
-  s.w = arena.take<float>(is_additive ? Operands::padded(p.D) : 0);
-  s.qt_raw = arena.take<float>(is_additive ? Operands::transposed_columns(p.D) * kBlockRows : 0);
-  s.k_raw = arena.take<float>(is_additive ? Operands::copy_floats(kMaxBlockKeys, p.D) : 0);
+  s.w = arena.take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
   s.bias = arena.take<float>(p.bias != nullptr ? kMaxBlockKeys * kBlockRows : 0);
   s.dropout = arena.take<float>(p.dropout_p > 0.0 ? kMaxBlockKeys * kBlockRows : 0);
   s.keep = arena.take<uint64_t>(kMaxBlockKeys);
@@ -64,10 +59,9 @@ template <class Operands>
 struct ForwardPanel {
   const AttentionParams& p;
   const ForwardScratch& scratch;
-  const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
-  float scale;                      // not yet in Q; > 0 where modifiers is null
-  Scoring scoring;
-  const float* qt;  // by panels
+  const ScoreModifiers* modifiers;    // null: scores are the products, times `scale`
+  float scale;                        // not yet in Q; > 0 where modifiers is null
+  const TanhRows<Operands>* queries;  // additive scores; null: dot products
   Operand k, v;
   int64_t first_key, nk;  // of the tile's keys, those to compute; k and v start at first_key
   int64_t v_rows;         // of O^T
@@ -78,21 +72,22 @@ struct ForwardPanel {
     using Unit = typename Operands::Unit;
     constexpr int64_t kRow = kPanelRows * 4;
     float* s = scratch.s;
-    const float* panel = qt + panel_offset(v0 * kLanes, Operands::transposed_columns(p.D));
-    const char* q_bytes = reinterpret_cast<const char*>(panel);
+    const char* qt =
+        reinterpret_cast<const char*>(scratch.qt + panel_offset(v0 * kLanes, Operands::transposed_columns(p.D)));
     const int64_t units = Operands::units(p.D);
     const Vf minus_infinity = vset(-__builtin_inff());
 
     Vf lane_max[NV];
     for (int i = 0; i < NV; ++i) lane_max[i] = minus_infinity;
     const int64_t k_rows = max_i64(nk, row_major_rows(NV));
-    const bool has_max = scoring == Scoring::kDot && modifiers == nullptr && nk == k_rows;
+    const bool is_dot = Operands::kPairs || queries == nullptr;
+    const bool has_max = is_dot && modifiers == nullptr && nk == k_rows;
     if (has_max) {
-      gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, q_bytes, kRow, units, s, kPanelRows, lane_max);
-    } else if (scoring == Scoring::kDot) {
-      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, q_bytes, kRow, units, s, kPanelRows, lane_max);
+      gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
+    } else if (is_dot) {
+      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
     } else {
-      additive_scores<NV, Operands>(scoring, panel, k, scratch.w, p.D, nk, s, kPanelRows);
+      additive_scores<NV>(*queries, v0, k, scratch.w, nk, s, kPanelRows);
     }
     if (modifiers != nullptr) {
       modify_scores<NV>(*modifiers, s, kPanelRows, first_key, nk, v0, lane_max);
@@ -262,15 +257,14 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
 
   const Raw* q = row_at<const Raw>(p.q, p.q_stride, item.b, item.hq, item.i0);
   // Float arithmetic folds the scale into Q; bfloat16 operands stay what they are.
-  const float scale = static_cast<float>(p.scale);
-  const bool is_additive = p.w != nullptr;
-  Operands::transposed(scratch.qt, q, p.q_stride[2], rows, p.D, is_additive ? 1.0f : scale);
-  const float rest_scale = Operands::kPairs && !is_additive ? scale : 1.0f;
-  bool rows_are_far = false;
-  if (is_additive) {
+  const float scale = product_scale(p);
+  const float rest_scale = Operands::kPairs ? scale : 1.0f;
+  TanhRows<Operands> queries;
+  if (is_additive<Operands>(p)) {
     load_w<Operands>(p, item.hq, scratch.w);
-    rows_are_far = exponentiate_panels(scratch.qt, rows, p.D, Operands::transposed_columns(p.D));
-    if (rows_are_far) Operands::transposed(scratch.qt_raw, q, p.q_stride[2], rows, p.D, 1.0f);
+    queries = score_rows<Operands>(q, p.q_stride[2], rows, p.D, scratch.qt);
+  } else {
+    Operands::transposed(scratch.qt, q, p.q_stride[2], rows, p.D, scale);
   }
   const bool always_modify = has_modifiers(p) || rest_scale <= 0.0f;
 
@@ -288,15 +282,11 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
     }
     if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
     const Raw* k = row_at<const Raw>(p.k, p.k_stride, item.b, hkv, tile.j0);
-    Scoring scoring = Scoring::kDot;
     Operand keys;
-    if (is_additive) {
-      scoring = Scoring::kAdditive;
-      keys = additive_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k);
-      if (exponentiate_rows(scratch.k, round_up(tile.nk, kAdditiveKeys) * Operands::padded(p.D)) && rows_are_far) {
-        scoring = Scoring::kAdditiveExact;
-        keys = additive_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k_raw);
-      }
+    if (is_additive<Operands>(p)) {
+      TanhRows<Operands> additive_keys = key_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k);
+      take_common_form(queries, additive_keys);
+      keys = additive_keys.operand();
     } else {
       keys = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], tile.nk, p.D);
     }
@@ -305,8 +295,7 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
         scratch,
         is_modified ? &modifiers : nullptr,
         rest_scale,
-        scoring,
-        scoring == Scoring::kAdditiveExact ? scratch.qt_raw : scratch.qt,
+        is_additive<Operands>(p) ? &queries : nullptr,
         keys,
         Operands::broadcast_columns(scratch.v, row_at<const Raw>(p.v, p.v_stride, item.b, hkv, tile.j0), p.v_stride[2],
                                     tile.nk, p.Dv),

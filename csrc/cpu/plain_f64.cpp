@@ -8,6 +8,10 @@
 //   ds_j  = p_j (dp_j - delta + d_lse)            d_sink = p_sink (-delta + d_lse)         d_bias_j = ds_j
 //   dq    = scale sum_j ds_j cap'_j k_j           dk_j += scale ds_j cap'_j q              dv_j += z_j p_j do
 //
+// and with additive scores, t = tanh(q + k_j):
+//
+//   dq    = w sum_j ds_j cap'_j (1 - t^2)         dk_j += w ds_j cap'_j (1 - t^2)          dw += sum_j ds_j cap'_j t
+//
 // A key is left out (never read, never multiplied by a zero) when the geometry, the key length or the boolean mask
 // hides it. A score of -inf, which only an infinite bias brings about, hides its key from everything that follows as
 // well.
@@ -300,7 +304,6 @@ void plain_backward_f64(const AttentionGradParams& params, const Parallel& paral
   const int workers = worker_count(parallel, tasks);
   std::vector<double> scratch(2 * static_cast<size_t>(workers) * static_cast<size_t>(p.Lk));
   std::vector<double> sink_parts(params.d_sinks ? static_cast<size_t>(p.B * p.Hq) : 0);
-
   std::vector<double> dw_parts(params.dw ? static_cast<size_t>(p.B * p.Hq * p.D) : 0);
 
   if (params.d_bias) zero_bias_gradient(params);
