@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from fastattn import _provider as _provider  # makes fastattn known to torch.nn.attention, and activates nothing
 from fastattn import reference
+from fastattn._additive import additive_attention
 from fastattn._attention import attention
 from fastattn._info import Info, info
 from fastattn._sdpa import (
@@ -19,6 +20,7 @@ from fastattn._weights import attention_weights, merge_attention_states
 __all__ = [
     "Info",
     "SdpaCalls",
+    "additive_attention",
     "attention",
     "attention_weights",
     "info",
