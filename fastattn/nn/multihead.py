@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn import _errors, _ops, reference
 from fastattn._attention import attention
+from fastattn.nn.checks import check_dropout, check_heads, check_sizes
 
 # In eval mode torch.nn.TransformerEncoderLayer takes the parameters out of its self_attn and computes without calling
 # it, except where a module in it has a hook. This key is no integer, as those of PyTorch's handles are: they begin
@@ -108,16 +109,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
-            if size is not None and size <= 0:
-                raise ValueError(f"fastattn: {name} is {size}; it must be at least 1.")
-        if embed_dim % num_heads:
-            raise ValueError(
-                f"fastattn: embed_dim is {embed_dim} and num_heads {num_heads}; each head takes an equal part: embed_dim"
-                " must be a multiple of num_heads."
-            )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"fastattn: dropout is {dropout}; it is a probability and must lie in [0, 1].")
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
+        check_heads("embed_dim", embed_dim, num_heads)
+        check_dropout(dropout)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
