@@ -32,9 +32,9 @@ except ImportError:  # run as a file: its folder, not the root, is on the path
 
 DEPTH, HEADS, WIDTH, CONTEXT = 3, 4, 128, 128  # heads of 32
 BATCH = 16
-STEPS, SMOKE_STEPS = 900, 30
+STEPS, SMOKE_STEPS = 750, 30
 LEARNING_RATE = 3e-3
-LOSS, SMOKE_LOSS = 1.75, 3.2  # nats a character
+LOSS, SMOKE_LOSS = 1.6, 3.2  # nats a character
 PROMPT = 'The "for" statement'
 
 
@@ -176,6 +176,7 @@ def write_plot(options: Any, result: dict[str, Any], model: CharacterModel, text
         curves.axhline(loss, color=common.GREY, linestyle=style, label=f"{name}: {loss:.2f}")
     curves.set(xlabel="step", ylabel="loss, nats a character", ylim=(1, math.log(len(text.characters))))
     curves.set_title("Loss", loc="left")
+    curves.spines[["top", "right"]].set_visible(False)
     curves.legend(frameon=False)
 
     # Some heads only look at the character before; the one that looks furthest back is worth seeing.
@@ -189,8 +190,8 @@ def write_plot(options: Any, result: dict[str, Any], model: CharacterModel, text
 
     sample.set_axis_off()
     sample.set_title("What it writes", loc="left")
-    written = "\n".join(result["sample"].splitlines()[:11])
-    sample.text(0.01, 0.97, written, va="top", family="monospace", fontsize=8.5, parse_math=False)
+    written = "\n".join(result["sample"].splitlines()[:14])
+    sample.text(0.01, 0.97, written, va="top", family="monospace", fontsize=9.5, parse_math=False)
     common.save_figure(figure, options.plot)
 
 

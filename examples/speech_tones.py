@@ -117,18 +117,24 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.kv, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
-    def heads(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, HEADS, Lq, WIDTH / HEADS), and k and v (B, HEADS, Lk, WIDTH / HEADS)."""
-        q = self.q(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
-        k, v = self.kv(memory).unflatten(2, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
+    def heads(self, *projected: Tensor) -> list[Tensor]:
+        """Each (B, L, WIDTH) -> (B, HEADS, L, WIDTH / HEADS)."""
+        return [x.unflatten(2, (HEADS, -1)).transpose(1, 2) for x in projected]
 
-    def forward(self, x: Tensor, memory: Tensor, lengths: Tensor | None = None, causal: bool = False) -> Tensor:
-        o = fastattn.attention(*self.heads(x, memory), kv_lengths=lengths, causal=causal)
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        q, k, v = self.heads(self.q(queries), self.k(keys), self.v(values))
+        o = fastattn.attention(q, k, v, kv_lengths=lengths, causal=causal)
         out: Tensor = self.out(o.transpose(1, 2).flatten(2))
         return out
+
+    def weights(self, queries: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
+        """(B, Lq, Lk): the mean of the heads."""
+        q, k = self.heads(self.q(queries), self.k(keys))
+        return fastattn.attention_weights(q, k, kv_lengths=lengths).mean(1)
 
 
 class Recogniser(nn.Module):
@@ -147,33 +153,36 @@ class Recogniser(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
         self.out = nn.Linear(WIDTH, END + 1)
 
-    def encode(self, batch: Batch) -> Tensor:  # (B, T, WIDTH)
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Keys and values of the frames, (B, T, WIDTH).
+
+        The GRU has been through the whole word and can tell which of its sounds a frame belongs to: that is for keys.
+        Values know of a few frames only. What a sound is can so be learned nowhere but where it sounds.
+        """
         x = self.convolutions(batch.frames.transpose(1, 2)).transpose(1, 2)
         packed = nn.utils.rnn.pack_padded_sequence(x, batch.lengths.long(), batch_first=True, enforce_sorted=False)
         y, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        return x + y
+        return x + y, x
 
-    def forward(self, inputs: Tensor, memory: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Sounds so far (B, L) -> logits of the next (B, L, END + 1); and what asked the frames (B, L, WIDTH)."""
         x = self.embed(inputs) + self.position[: inputs.shape[1]]
         y = self.norms[0](x)
-        x = x + self.self_attention(y, y, causal=True)
+        x = x + self.self_attention(y, y, y, causal=True)
         queries = self.norms[1](x)
-        x = x + self.cross_attention(queries, memory, lengths)
+        x = x + self.cross_attention(queries, keys, values, lengths)
         x = x + self.mlp(self.norms[2](x))
         return self.out(self.norms[3](x)), queries
 
     @torch.no_grad()
     def recognise(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What it hears, sound by sound: (B, MAX_SOUNDS + 1), and where it looked: (B, MAX_SOUNDS + 1, T)."""
-        memory = self.encode(batch)
-        heard = torch.full((len(memory), 1), START)
+        keys, values = self.encode(batch)
+        heard = torch.full((len(keys), 1), START)
         for _ in range(MAX_SOUNDS + 1):
-            logits, queries = self(heard, memory, batch.lengths)
+            logits, queries = self(heard, keys, values, batch.lengths)
             heard = torch.cat([heard, logits[:, -1:].argmax(2)], 1)
-        q, k, _ = self.cross_attention.heads(queries, memory)
-        weights = fastattn.attention_weights(q, k, kv_lengths=batch.lengths)  # (B, HEADS, MAX_SOUNDS + 1, T)
-        return heard[:, 1:], weights.mean(1)
+        return heard[:, 1:], self.cross_attention.weights(queries, keys, batch.lengths)
 
 
 def train(model: Recogniser, steps: int, chance: torch.Generator) -> list[float]:
@@ -183,7 +192,7 @@ def train(model: Recogniser, steps: int, chance: torch.Generator) -> list[float]
     with tqdm(total=steps, desc="training", unit="step") as bar:
         for _ in range(steps):
             batch = make_batch(BATCH, chance)  # no word is heard twice
-            logits, _ = model(batch.inputs, model.encode(batch), batch.lengths)
+            logits, _ = model(batch.inputs, *model.encode(batch), batch.lengths)
             loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NOTHING)
             optimizer.zero_grad()
             loss.backward()

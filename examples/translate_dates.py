@@ -38,7 +38,7 @@ except ImportError:  # run as a file: its folder, not the root, is on the path
 FIRST_DAY, DAYS = datetime.date(1950, 1, 1), 36524  # to the end of 2049: two digits of a year are enough
 EMBEDDING, WIDTH = 32, 128
 BATCH = 64
-STEPS, SMOKE_STEPS = 600, 25
+STEPS, SMOKE_STEPS = 300, 25
 LEARNING_RATE = 4e-3
 TESTED = 2000
 EXACT, SMOKE_CHARACTERS = 0.99, 0.25
@@ -189,6 +189,7 @@ def write_plot(options: Any, result: dict[str, Any], models: dict[str, nn.Module
         curves.plot(model["losses"], color=color, linewidth=1, label=f"{name}: {model['exact']:.1%} exact")
     curves.set(yscale="log", xlabel="step", ylabel="training loss, nats a character")
     curves.set_title(f"{TESTED} dates never trained on", loc="left", fontsize=11)
+    curves.spines[["top", "right"]].set_visible(False)
     curves.legend(frameon=False)
     for n, ax in enumerate(rows):
         name, style = list(models)[n // 2], (0, 5)[n % 2]
