@@ -80,6 +80,10 @@ class Batch:
             row[: len(text)] = torch.tensor([INPUTS.index(c) for c in text])
         self.targets = torch.tensor([[OUTPUTS.index(c) for c in day.isoformat()] for day in days])  # (B, LENGTH)
 
+    def right_so_far(self) -> Tensor:
+        """(B, LENGTH): what a decoder reads before each character if all it has written is right."""
+        return F.pad(self.targets[:, :-1], (1, 0), value=START)
+
 
 def write_batch(days: list[datetime.date], chance: random.Random) -> Batch:
     return Batch(days, [chance.choice((str, str.lower, str.upper))(chance.choice(FORMATS)(day)) for day in days])
@@ -106,23 +110,34 @@ class Bahdanau(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Encoder()
-        self.attention = fastattn.nn.AdditiveAttention(WIDTH, WIDTH, WIDTH)
+        self.attention = fastattn.nn.AdditiveAttention(query_dim=WIDTH, key_dim=WIDTH, attn_dim=WIDTH)
         self.embed = nn.Embedding(len(OUTPUTS) + 1, EMBEDDING)
         self.gru = nn.GRUCell(EMBEDDING + WIDTH, WIDTH)
         self.out = nn.Linear(2 * WIDTH, len(OUTPUTS))
 
-    def forward(self, batch: Batch, teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (B, LENGTH, characters) and weights (B, LENGTH, L). Without a teacher it reads what it wrote."""
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, LENGTH, characters), with a teacher: what it reads are the right characters so far."""
         memory, state = self.encoder(batch.inputs, batch.lengths)
-        read = torch.full((len(memory),), START)
-        logits, weights = [], []
-        for t in range(LENGTH):
-            seen, p = self.attention(state[:, None], memory, kv_lengths=batch.lengths, need_weights=True)  # (B, 1, ...)
-            state = self.gru(torch.cat([self.embed(read), seen[:, 0]], 1), state)
-            logits.append(self.out(torch.cat([state, seen[:, 0]], 1)))
-            weights.append(p[:, 0])
-            read = logits[-1].argmax(1) if teacher is None else teacher[:, t]
-        return torch.stack(logits, 1), torch.stack(weights, 1)
+        keys = self.attention.project_keys(memory)  # once for all steps
+        logits = []
+        for read in batch.right_so_far().unbind(1):
+            seen = self.attention(state, keys, kv_lengths=batch.lengths)  # (B, WIDTH)
+            state = self.gru(torch.cat([self.embed(read), seen], 1), state)
+            logits.append(self.out(torch.cat([state, seen], 1)))
+        return torch.stack(logits, 1)
+
+    @torch.no_grad()
+    def write(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The characters that it writes (B, LENGTH), and where it looks (B, LENGTH, L)."""
+        memory, state = self.encoder(batch.inputs, batch.lengths)
+        keys = self.attention.project_keys(memory)
+        written, weights = [torch.full((len(memory),), START)], []
+        for _ in range(LENGTH):
+            seen, p = self.attention(state, keys, kv_lengths=batch.lengths, need_weights=True)
+            state = self.gru(torch.cat([self.embed(written[-1]), seen], 1), state)
+            written.append(self.out(torch.cat([state, seen], 1)).argmax(1))
+            weights.append(p)
+        return torch.stack(written[1:], 1), torch.stack(weights, 1)
 
 
 class Luong(nn.Module):
@@ -131,42 +146,45 @@ class Luong(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Encoder()
-        self.attention = fastattn.nn.LuongAttention("general", WIDTH, WIDTH)
+        self.attention = fastattn.nn.LuongAttention("general", query_dim=WIDTH, key_dim=WIDTH)
         self.embed = nn.Embedding(len(OUTPUTS) + 1, EMBEDDING)
         self.gru = nn.GRU(EMBEDDING, WIDTH, batch_first=True)
         self.join = nn.Linear(2 * WIDTH, WIDTH)
         self.out = nn.Linear(WIDTH, len(OUTPUTS))
 
-    def forward(self, batch: Batch, teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As Bahdanau's. No step needs what an earlier one has seen: a teacher's are done all at once."""
-        memory, first = self.encoder(batch.inputs, batch.lengths)
-        start, state = torch.full((len(memory), 1), START), first[None]
-        if teacher is not None:
-            return self.steps(torch.cat([start, teacher[:, :-1]], 1), memory, batch.lengths, state)[:2]
-        logits, weights = [], []
-        read = start
+    def forward(self, batch: Batch) -> Tensor:
+        """As Bahdanau's. No state depends on what was seen, so all steps are taken at once."""
+        memory, state = self.encoder(batch.inputs, batch.lengths)
+        states, _ = self.gru(self.embed(batch.right_so_far()), state[None])  # (B, LENGTH, WIDTH)
+        seen = self.attention(states, memory, kv_lengths=batch.lengths)
+        logits: Tensor = self.out(torch.tanh(self.join(torch.cat([seen, states], 2))))
+        return logits
+
+    @torch.no_grad()
+    def write(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As Bahdanau's."""
+        memory, state = self.encoder(batch.inputs, batch.lengths)
+        state = state[None]
+        written, weights = [torch.full((len(memory), 1), START)], []
         for _ in range(LENGTH):
-            y, p, state = self.steps(read, memory, batch.lengths, state)
-            logits.append(y)
+            states, state = self.gru(self.embed(written[-1]), state)  # one step: (B, 1, WIDTH)
+            seen, p = self.attention(states, memory, kv_lengths=batch.lengths, need_weights=True)
+            written.append(self.out(torch.tanh(self.join(torch.cat([seen, states], 2)))).argmax(2))
             weights.append(p)
-            read = y.argmax(2)
-        return torch.cat(logits, 1), torch.cat(weights, 1)
-
-    def steps(self, read: Tensor, memory: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        states, state = self.gru(self.embed(read), state)  # (B, T, WIDTH)
-        seen, p = self.attention(states, memory, kv_lengths=lengths, need_weights=True)
-        return self.out(torch.tanh(self.join(torch.cat([seen, states], 2)))), p, state
+        return torch.cat(written[1:], 1), torch.cat(weights, 1)
 
 
-def train(model: nn.Module, days: list[datetime.date], steps: int, chance: random.Random, name: str) -> list[float]:
+Translator = Bahdanau | Luong
+
+
+def train(model: Translator, days: list[datetime.date], steps: int, chance: random.Random, name: str) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.15)
     losses = []
     with tqdm(total=steps, desc=name, unit="step") as bar:
         for _ in range(steps):
             batch = write_batch(chance.sample(days, BATCH), chance)
-            logits, _ = model(batch, teacher=batch.targets)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+            loss = F.cross_entropy(model(batch).flatten(0, 1), batch.targets.flatten())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -178,7 +196,7 @@ def train(model: nn.Module, days: list[datetime.date], steps: int, chance: rando
     return losses
 
 
-def write_plot(options: Any, result: dict[str, Any], models: dict[str, nn.Module]) -> None:
+def write_plot(options: Any, result: dict[str, Any], models: dict[str, Translator]) -> None:
     figure = common.new_figure(13.5, 7.6)
     figure.suptitle("Dates as people write them, into ISO's form: where each model looks while it writes", fontsize=13)
     day = datetime.date(2018, 3, 3)
@@ -194,9 +212,8 @@ def write_plot(options: Any, result: dict[str, Any], models: dict[str, nn.Module
     for n, ax in enumerate(rows):
         name, style = list(models)[n // 2], (0, 5)[n % 2]
         batch = Batch([day], [FORMATS[style](day)])
-        with torch.no_grad():
-            logits, weights = models[name](batch)
-        answer = "".join(OUTPUTS[c] for c in logits[0].argmax(1))
+        written, weights = models[name].write(batch)
+        answer = "".join(OUTPUTS[c] for c in written[0].tolist())
         fastattn.plot_attention(weights[0], batch.texts[0].replace(" ", "␣"), answer, ax, colorbar=n % 2 == 1)
         ax.set_title(name, loc="left", fontsize=11)
         ax.set_ylabel("written, from top to bottom")
@@ -213,13 +230,12 @@ def main() -> None:
     held_back, days = days[:TESTED], days[TESTED:]
     test = write_batch(held_back, chance)
 
-    models: dict[str, nn.Module] = {"Bahdanau": Bahdanau(), "Luong": Luong()}
+    models: dict[str, Translator] = {"Bahdanau": Bahdanau(), "Luong": Luong()}
     result: dict[str, Any] = {"models": {}}
     promises = []
     for name, model in models.items():
         losses = train(model, days, SMOKE_STEPS if options.smoke else STEPS, chance, name)
-        with torch.no_grad():
-            right = model(test)[0].argmax(2) == test.targets  # (TESTED, LENGTH), from what it wrote itself
+        right = model.write(test)[0] == test.targets  # (TESTED, LENGTH)
         characters, exact = float(right.float().mean()), float(right.all(1).float().mean())
         result["models"][name] = {"losses": losses, "characters": characters, "exact": exact}
         if options.smoke:
