@@ -7,6 +7,7 @@ from fastattn import nn, reference
 from fastattn._additive import additive_attention
 from fastattn._attention import attention
 from fastattn._info import Info, info
+from fastattn._plot import plot_attention
 from fastattn._replace import ServedModules, replace_modules, restore_modules, served_modules
 from fastattn._sdpa import (
     SdpaCalls,
@@ -28,6 +29,7 @@ __all__ = [
     "info",
     "merge_attention_states",
     "nn",
+    "plot_attention",
     "reference",
     "replace_modules",
     "replace_sdpa",
