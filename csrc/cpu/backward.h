@@ -6,6 +6,10 @@
 //   d_bias += dS                             dQ += scale * dS' K         dS' = dS * d softcap
 //   d_sinks_h = -sum_i exp(sink_h - row_max_i) / row_sum_i * delta_i     dK += scale * dS'^T Q
 //
+// Of hard attention, instead (Williams, "Simple statistical gradient-following algorithms", 1992):
+//
+//   dS = d_log_prob * ((j == index) - P)        dV = the sum of dO over the rows that took a key
+//
 // (Dao et al., "FlashAttention", 2022, algorithm 4, and appendix B for delta.) Scores are computed again as in the
 // forward pass, transposed, with lanes = query rows; in the three products that follow, lanes = head dims and the
 // caller's rows are operands as they lie. A task owns a chunk of keys; it walks over blocks of kSuperRows query rows,
@@ -35,7 +39,8 @@ struct BackwardScratch {
   float* dq;           // [kSuperRows][dq_columns]
   float* row_max;      // [kSuperRows] each; 0 for rows that see nothing,
   float* inverse_sum;  // and 0
-  float* delta;
+  float* delta;        // hard attention: d_log_prob
+  uint32_t* index;     // hard attention: the row's key
   bool* is_saturated;  // [kSuperRows]: one key has all of the row's weight
   // Per chunk of keys:
   float* dk;  // [chunk keys + kRowPad][padded D]
@@ -81,6 +86,7 @@ inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t c
   s.row_max = arena.take<float>(kSuperRows);
   s.inverse_sum = arena.take<float>(kSuperRows);
   s.delta = arena.take<float>(kSuperRows);
+  s.index = arena.take<uint32_t>(kSuperRows);
   s.is_saturated = arena.take<bool>(kSuperRows);
   s.dk = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.D));
   s.dv = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.Dv));
@@ -120,6 +126,8 @@ struct BackwardPanel {
   int64_t first_key, nk;  // of the tile's keys, those to compute; k and v start at first_key
   int64_t block;          // of the super-block's rows
   bool wants_d_bias;
+  bool is_hard;      // no dP: d_ot and v are not there
+  int64_t tile_key;  // the tile's first
 
   template <int NV>
   inline void run(int v0) const {
@@ -141,6 +149,7 @@ struct BackwardPanel {
       for (int i = 0; i < NV; ++i) unused[i] = vzero();
       modify_scores<NV>(*modifiers, scratch.s + first, kBlockRows, first_key, nk, v0, unused);
     }
+    if (is_hard) return hard_gradients<NV>(lane0);
     gemm_row_major<Unit, NV, false>(v.data, v.stride_bytes, rows, reinterpret_cast<const char*>(d_ot), kRow,
                                     Operands::units(p.Dv), scratch.ds + first, kBlockRows, nullptr);
 
@@ -172,17 +181,62 @@ struct BackwardPanel {
               gradient_at(at + h * kBlockRows, base[i], shift[i], inverse_sum[i], delta[i], &w[h], &g[h]);
             }
           }
-          const Vi weights = vnarrow(w[0], w[1]), gradients = vnarrow(g[0], g[1]);
+          const Vi weights = vnarrow(w[0], w[1]);
           vstore_low_half(scratch.s_half + at, weights);
           vstore_high_half(scratch.s_half + at + kBlockRows, weights);
-          vstore_low_half(scratch.ds_half + at, gradients);
-          vstore_high_half(scratch.ds_half + at + kBlockRows, gradients);
-          vistore(scratch.ds_pairs + c / 2 * kBlockRows + lane0 + i * kLanes, vinterleave_halves(gradients));
+          store_gradients(at, c, g[0], g[1]);
         }
 #endif
       }
     }
   }
+
+  // scale * dS of hard attention, in place of dP.
+  template <int NV>
+  inline void hard_gradients(int64_t lane0) const {
+    Vf base[NV], inverse_sum[NV], d_score[NV];
+    Vi index[NV];
+    for (int i = 0; i < NV; ++i) {
+      const int64_t row = block * kBlockRows + lane0 + i * kLanes;
+      base[i] = vload(scratch.row_max + row);
+      inverse_sum[i] = vload(scratch.inverse_sum + row);
+      d_score[i] = vmul(vload(scratch.delta + row), vset(static_cast<float>(p.scale)));
+      index[i] = viload(scratch.index + row);
+    }
+    const Vf rest_scale = vset(modifiers != nullptr ? 1.0f : scale);
+    const auto gradient_at = [&](int64_t c, int i) __attribute__((always_inline)) {
+      const Vf x = vmul(vload(scratch.s + c * kBlockRows + lane0 + i * kLanes), rest_scale);
+      const Vf weight = vmul(vexp(vsub(x, base[i])), inverse_sum[i]);
+      const Vm is_taken = viequal(index[i], viset(static_cast<uint32_t>(tile_key + c)));
+      return vmul(d_score[i], vsub(vselect(is_taken, vset(1.0f), vzero()), weight));
+    };
+    const int64_t end = first_key + nk;
+    for (int64_t c = first_key; c < end; c += Operands::kPairs ? 2 : 1) {
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) {
+        const int64_t at = c * kBlockRows + lane0 + i * kLanes;
+        if constexpr (!Operands::kPairs) vstore(scratch.ds + at, gradient_at(c, i));
+#if FASTATTN_BF16_DOT
+        if constexpr (Operands::kPairs) {
+          store_gradients(at, c, gradient_at(c, i), c + 1 < end ? gradient_at(c + 1, i) : vzero());
+        }
+#endif
+      }
+    }
+  }
+
+#if FASTATTN_BF16_DOT
+  // dS of keys c and c + 1, rounded, as both products that follow read it; `at` is where key c's would be as a float.
+  FASTATTN_FN void store_gradients_of(const BackwardScratch& scratch, int64_t at, int64_t c, Vf low, Vf high) {
+    const Vi gradients = vnarrow(low, high);
+    vstore_low_half(scratch.ds_half + at, gradients);
+    vstore_high_half(scratch.ds_half + at + kBlockRows, gradients);
+    vistore(scratch.ds_pairs + at - (c - c / 2) * kBlockRows, vinterleave_halves(gradients));
+  }
+  inline __attribute__((always_inline)) void store_gradients(int64_t at, int64_t c, Vf low, Vf high) const {
+    store_gradients_of(scratch, at, c, low, high);
+  }
+#endif
 
   // One vector: the weight that multiplies dO, and scale * dS'.
   FASTATTN_FN void gradient(const BackwardPanel& self, int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
@@ -317,6 +371,41 @@ inline void clear_saturated_rows(float* d_ot, const bool* is_saturated, int64_t 
   }
 }
 
+// Row statistics for hard attention, whose dS takes d_log_prob and the index of each row.
+inline void prepare_hard_statistics(const HardAttentionGradParams& hp, int64_t b, int64_t hq, int64_t i0, int64_t i1,
+                                    const BackwardScratch& scratch) {
+  const AttentionParams& p = hp.forward;
+  const int64_t first = (b * p.Hq + hq) * p.Lq;
+  for (int64_t at = 0; at < round_up(i1 - i0, kBlockRows); ++at) {
+    const int64_t row = first + i0 + at;
+    const float l = i0 + at < i1 ? static_cast<const float*>(p.row_sum)[row] : 0.0f;
+    const bool is_empty = l == 0.0f;
+    scratch.row_max[at] = is_empty ? 0.0f : static_cast<const float*>(p.row_max)[row];
+    scratch.inverse_sum[at] = is_empty ? 0.0f : 1.0f / l;
+    scratch.delta[at] = is_empty ? 0.0f : static_cast<const float*>(hp.d_log_prob)[row];
+    scratch.index[at] = is_empty ? 0xFFFFFFFFu : static_cast<uint32_t>(hp.index[row]);
+  }
+}
+
+// dV of hard attention for the keys [j0, j1) of a key head: adds dO of each row to the key that it took, in the order of
+// the rows. dv: [keys][dv_stride], cleared.
+template <class Operands>
+inline void scatter_d_o(const HardAttentionGradParams& hp, int64_t b, int64_t hkv, int64_t j0, int64_t j1, float* dv,
+                        int64_t dv_stride) {
+  using Element = typename Operands::Element;
+  const AttentionParams& p = hp.forward;
+  const int64_t group = p.Hq / p.Hkv;
+  for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
+    const int64_t* index = hp.index + (b * p.Hq + hq) * p.Lq;
+    for (int64_t i = 0; i < p.Lq; ++i) {
+      if (index[i] < j0 || index[i] >= j1) continue;
+      const auto* d_o = row_at<const typename Operands::Raw>(hp.d_o, hp.d_o_stride, b, hq, i);
+      float* to = dv + (index[i] - j0) * dv_stride;
+      for (int64_t d = 0; d < p.Dv; d += kLanes) vstore(to + d, vadd(vload(to + d), Element::load_first(d_o + d, p.Dv - d)));
+    }
+  }
+}
+
 // Row statistics of rows [i0, i1), by super-block position; rows up to the next multiple of kBlockRows weigh nothing.
 // Returns this stretch's part of the sink's gradient.
 template <class Operands>
@@ -378,7 +467,7 @@ inline void run_trimmed(const MaskGeometry& g, const Tile& tile, const BackwardP
     part.first_key = span.begin;
     part.nk = span.end - span.begin;
     part.k.data = panel.k.data + span.begin * panel.k.stride_bytes;
-    part.v.data = panel.v.data + span.begin * panel.v.stride_bytes;
+    if (!panel.is_hard) part.v.data = panel.v.data + span.begin * panel.v.stride_bytes;
     part.template run<1>(static_cast<int>(r / kLanes));
   }
 }
@@ -408,8 +497,8 @@ inline void add_additive_gradients(const AttentionParams& p, Scoring scoring, co
 // A super-block of rows of one head against the task's keys [j0, j1), which all exist.
 template <class Operands>
 inline void backward_super_block(const AttentionGradParams& gp, const MaskGeometry& g, int64_t b, int64_t hq,
-                                 int64_t hkv, int64_t super_i0, int64_t super_i1, int64_t j0, int64_t j1, float* dq,
-                                 const BackwardScratch& scratch) {
+                                 int64_t hkv, int64_t super_i0, int64_t super_i1, int64_t j0, int64_t j1, bool is_hard,
+                                 float* dq, const BackwardScratch& scratch) {
   using Raw = typename Operands::Raw;
   const AttentionParams& p = gp.forward;
   const float scale = static_cast<float>(p.scale);
@@ -426,10 +515,7 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
     const int64_t rows = min_i64(kBlockRows, super_i1 - i0);
     if (i0 >= seen.end || i0 + rows <= seen.begin) continue;
     const Raw* q = row_at<const Raw>(p.q, p.q_stride, b, hq, i0);
-    const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i0);
     Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, is_additive ? 1.0f : scale);
-    Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
-    clear_saturated_rows<Operands>(scratch.d_ot[block], scratch.is_saturated + block * kBlockRows, rows, p.Dv);
     if (is_additive) {
       rows_are_far[block] = exponentiate_panels(scratch.qt[block], rows, p.D, Operands::transposed_columns(p.D));
       additive_rows<Operands>(q, p.q_stride[2], rows, p.D, scratch.q_rows[block]);
@@ -437,6 +523,10 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
     } else {
       q_rows[block] = Operands::vector_rows(scratch.q_rows[block], q, p.q_stride[2], rows, p.D);
     }
+    if (is_hard) continue;
+    const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i0);
+    Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
+    clear_saturated_rows<Operands>(scratch.d_ot[block], scratch.is_saturated + block * kBlockRows, rows, p.Dv);
     d_o_rows[block] = Operands::vector_rows(scratch.d_o_rows[block], d_o, gp.d_o_stride[2], rows, p.Dv);
   }
 
@@ -448,8 +538,7 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
     const int64_t end = min_i64(super_i1, rows_seen.end);
     if (begin >= end) continue;
     const Raw* k = row_at<const Raw>(p.k, p.k_stride, b, hkv, key0);
-    const Raw* v = row_at<const Raw>(p.v, p.v_stride, b, hkv, key0);
-    Operand k_broadcast{}, k_vectors{};
+    Operand k_broadcast{}, k_vectors{}, v_broadcast{};
     bool keys_are_far = false;
     if (is_additive) {
       k_broadcast = additive_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k);
@@ -458,7 +547,10 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
       k_broadcast = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], nk, p.D);
       k_vectors = Operands::vector_rows(scratch.k_rows, k, p.k_stride[2], nk, p.D);
     }
-    const Operand v_broadcast = Operands::broadcast_rows(scratch.v, v, p.v_stride[2], nk, p.Dv);
+    if (!is_hard) {
+      const Raw* v = row_at<const Raw>(p.v, p.v_stride, b, hkv, key0);
+      v_broadcast = Operands::broadcast_rows(scratch.v, v, p.v_stride[2], nk, p.Dv);
+    }
     for (int64_t i0 = begin; i0 < end; i0 += kBlockRows) {
       const int64_t block = (i0 - super_i0) / kBlockRows;
       const Tile tile{b, hq, i0, min_i64(kBlockRows, super_i1 - i0), key0, nk};
@@ -495,7 +587,9 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
                                           0,
                                           nk,
                                           block,
-                                          gp.d_bias != nullptr};
+                                          gp.d_bias != nullptr,
+                                          is_hard,
+                                          key0};
       const bool is_trimmed = kind == TileKind::kPartial && p.mask == nullptr;
       if (is_trimmed) {
         run_trimmed(g, tile, panel);
@@ -523,9 +617,11 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
       }
       const TileUnits<Operands, true> row_units{is_trimmed ? &g : nullptr, &tile};
       const TileUnits<Operands, false> key_units{is_trimmed ? &g : nullptr, &tile};
-      for_each_panel(vectors_of(p.Dv),
-                     AccumulateKeys<Operands>{weights, key_stride, nk, d_o_rows[block],
-                                              scratch.dv + (key0 - j0) * dv_stride, dv_stride, row_units});
+      if (!is_hard) {
+        for_each_panel(vectors_of(p.Dv),
+                       AccumulateKeys<Operands>{weights, key_stride, nk, d_o_rows[block],
+                                                scratch.dv + (key0 - j0) * dv_stride, dv_stride, row_units});
+      }
       if (is_additive) {
         add_additive_gradients<Operands>(p, scoring, q_additive, keys, is_trimmed ? &g : nullptr, tile,
                                          dq + block * kBlockRows * dq_columns(p), scratch.dk + (key0 - j0) * dk_stride,
@@ -552,7 +648,9 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
   const int64_t group = p.Hq / p.Hkv;
   const int64_t dk_stride = Operands::padded(p.D), dv_stride = Operands::padded(p.Dv);
   const int64_t padded_Lq = round_up(p.Lq, kBlockRows);
-  if (is_small_backward(p)) {
+  const HardAttentionGradParams* hard = task.hard;
+  const bool has_score_gradient = hard == nullptr || hard->d_log_prob != nullptr;
+  if (hard == nullptr && is_small_backward(p)) {
     for (int64_t b = task.b0; b < task.b1; ++b) {
       for (int64_t hkv = task.hkv0; hkv < task.hkv1; ++hkv) {
         small_backward<Element>(gp, b, hkv, task.d_sinks_partial, scratch.dk, scratch.dv, scratch.dq);
@@ -578,12 +676,16 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
           float* dq = task.dq_partial != nullptr ? task.dq_partial + ((b * p.Hq + hq) * padded_Lq + i0) * dq_columns(p)
                                                  : scratch.dq;
           memset(dq, 0, sizeof(float) * static_cast<size_t>(round_up(i1 - i0, kColumnRows) * dq_columns(p)));
-          const TileRange seen = j1 > task.j0 ? row_range(g, task.j0, j1) : TileRange{};
+          const TileRange seen = j1 > task.j0 && has_score_gradient ? row_range(g, task.j0, j1) : TileRange{};
           const bool is_seen = seen.begin < i1 && seen.end > i0;
-          if (is_seen || task.d_sinks_partial != nullptr) {
+          if (hard != nullptr) {
+            if (is_seen) prepare_hard_statistics(*hard, b, hq, i0, i1, scratch);
+          } else if (is_seen || task.d_sinks_partial != nullptr) {
             d_sink += prepare_statistics<Operands>(gp, b, hq, i0, i1, scratch);
           }
-          if (is_seen) backward_super_block<Operands>(gp, g, b, hq, hkv, i0, i1, task.j0, j1, dq, scratch);
+          if (is_seen) {
+            backward_super_block<Operands>(gp, g, b, hq, hkv, i0, i1, task.j0, j1, hard != nullptr, dq, scratch);
+          }
           if (task.dq_partial == nullptr) {
             narrow_rows<Element>(row_at<Raw>(gp.dq, gp.dq_stride, b, hq, i0), gp.dq_stride[2], dq, dq_columns(p),
                                  i1 - i0, p.D);
@@ -593,6 +695,9 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
           memcpy(task.dw_partial + (b * p.Hq + hq) * dq_columns(p), scratch.dw, sizeof(float) * static_cast<size_t>(p.D));
         }
         if (task.d_sinks_partial != nullptr) task.d_sinks_partial[b * p.Hq + hq] = d_sink;
+      }
+      if (hard != nullptr && hard->d_o != nullptr) {
+        scatter_d_o<Operands>(*hard, b, hkv, task.j0, task.j1, scratch.dv, dv_stride);
       }
       narrow_rows<Element>(row_at<Raw>(gp.dk, gp.dk_stride, b, hkv, task.j0), gp.dk_stride[2], scratch.dk, dk_stride,
                            task.j1 - task.j0, p.D);
