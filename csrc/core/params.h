@@ -87,7 +87,7 @@ struct AttentionGradParams {
   void* d_bias = nullptr;
   int64_t d_bias_stride[4] = {};
   void* d_sinks = nullptr;  // [Hq], accumulator type, or null
-  void* dw = nullptr;       // [Hq, D], or [D] where heads share w; contiguous, accumulator type; not null where w is not
+  void* dw = nullptr;  // [Hq, D], or [D] where heads share w; contiguous, accumulator type; not null where w is not
 };
 
 // Hard attention: each row takes the value of one key,
@@ -132,12 +132,12 @@ struct SummaryParams {
   AttentionParams attention;
 
   // Contiguous; null: not wanted. "Real" is the accumulator type.
-  void* entropy = nullptr;        // [B, Hq, Lq] Real: -sum_j p_ij log p_ij, the sink's term included; 0 for an empty row
-  void* max_weight = nullptr;     // [B, Hq, Lq] Real: the largest p_ij; 0 for an empty row
-  int64_t top_k = 0;              // at most kMaxTopK
-  void* top_weights = nullptr;    // [B, Hq, Lq, top_k] Real: the largest first, the lower key first among equals;
-  int64_t* top_index = nullptr;   // [B, Hq, Lq, top_k], their keys; past the visible keys: weight 0, index -1
-  void* key_mass = nullptr;       // [B, Hq, Lk] Real: sum of p_ij over the rows i that row_mask keeps
+  void* entropy = nullptr;       // [B, Hq, Lq] Real: -sum_j p_ij log p_ij, the sink's term included; 0 for an empty row
+  void* max_weight = nullptr;    // [B, Hq, Lq] Real: the largest p_ij; 0 for an empty row
+  int64_t top_k = 0;             // at most kMaxTopK
+  void* top_weights = nullptr;   // [B, Hq, Lq, top_k] Real: the largest first, the lower key first among equals;
+  int64_t* top_index = nullptr;  // [B, Hq, Lq, top_k], their keys; past the visible keys: weight 0, index -1
+  void* key_mass = nullptr;      // [B, Hq, Lk] Real: sum of p_ij over the rows i that row_mask keeps
   const uint8_t* row_mask = nullptr;  // [B, Hq, Lq], nonzero = counts for key_mass; null: all do
   int64_t row_mask_stride[3] = {};
 };

@@ -169,9 +169,10 @@ inline void finish_draw(const HardAttentionParams& hp, const ForwardItem& item, 
     if (l == 0.0f) {
       index = -1;
       log_prob = 0.0f;
-    } else if (l != l) {  // a NaN among the scores: no key is better than another
+    } else if (l != l || scratch.score[r] == -__builtin_inff()) {
+      // A NaN among the scores: no key is better than another, and none may have won.
       index = first_visible_key(p, g, item.b, item.hq, i);
-      log_prob = l;
+      log_prob = __builtin_nanf("");
     }
     hp.index[at] = index;
     static_cast<float*>(hp.log_prob)[at] = log_prob;

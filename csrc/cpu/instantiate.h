@@ -199,10 +199,9 @@ double multiply_adds(DType dtype, int64_t rounds, float* sink) {
 }  // namespace
 
 const KernelTable kernels = {
-    forward_scratch_bytes, forward_item, backward_scratch_bytes, backward_task,
-    reduce_dq,             hard_scratch_bytes, hard_item,        summary_scratch_bytes,
-    summary_item,          key_mass_scratch_bytes, key_mass_item, 2 * kLanes,
-    multiply_adds,
+    forward_scratch_bytes, forward_item, backward_scratch_bytes, backward_task, reduce_dq,
+    hard_scratch_bytes,    hard_item,    summary_scratch_bytes,  summary_item,  key_mass_scratch_bytes,
+    key_mass_item,         2 * kLanes,   multiply_adds,
 };
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

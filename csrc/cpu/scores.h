@@ -29,26 +29,21 @@ namespace {
 
 // One worker's memory for the walk; `keys` at a time.
 struct ScoreScratch {
-  float* qt;      // Q^T by panels, times the scale in float arithmetic
-  float* s;       // [keys][kPanelRows]: a panel's scores
-  float* k;       // a copy of K, where it is needed
-  float* w;       // additive scores: [padded D],
-  float* qt_raw;  // and Q^T and K as they are, for tiles that want them
-  float* k_raw;
+  float* qt;       // Q^T by panels, times the scale in float arithmetic; additive scores: score_rows
+  float* s;        // [keys][kPanelRows]: a panel's scores
+  float* k;        // a copy of K, where it is needed
+  float* w;        // additive scores: [padded D]
   float* bias;     // [keys][kBlockRows]
   uint64_t* keep;  // [keys]
 };
 
 template <class Operands>
 inline ScoreScratch score_scratch(const AttentionParams& p, Arena* arena) {
-  const bool is_additive = p.w != nullptr;
   ScoreScratch s;
   s.qt = arena->take<float>(Operands::transposed_columns(p.D) * kBlockRows);
   s.s = arena->take<float>((kMaxBlockKeys + kRowPad) * kPanelRows);
   s.k = arena->take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
-  s.w = arena->take<float>(is_additive ? Operands::padded(p.D) : 0);
-  s.qt_raw = arena->take<float>(is_additive ? Operands::transposed_columns(p.D) * kBlockRows : 0);
-  s.k_raw = arena->take<float>(is_additive ? Operands::copy_floats(kMaxBlockKeys, p.D) : 0);
+  s.w = arena->take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
   s.bias = arena->take<float>(p.bias != nullptr ? kMaxBlockKeys * kBlockRows : 0);
   s.keep = arena->take<uint64_t>(kMaxBlockKeys);
   return s;
@@ -60,9 +55,9 @@ struct PanelScores {
   float* s;  // [nk][kPanelRows]; the consumer's to overwrite
   int64_t first_key, nk;
   int v0;
-  bool are_modified;       // false: plain products, of ordinary size,
-  float scale;             // still to be multiplied by this, which is positive; 1 where they are modified
-  bool is_first;           // the rows hold nothing yet: start them instead of adding to them
+  bool are_modified;         // false: plain products, of ordinary size,
+  float scale;               // still to be multiplied by this, which is positive; 1 where they are modified
+  bool is_first;             // the rows hold nothing yet: start them instead of adding to them
   const Vf (&lane_max)[NV];  // before `scale`
 };
 
@@ -72,10 +67,9 @@ struct ScorePanel {
   const AttentionParams& p;
   const ScoreScratch& scratch;
   Consumer& consumer;
-  const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
-  float scale;                      // not yet in Q; > 0 where modifiers is null
-  Scoring scoring;
-  const float* qt;  // by panels
+  const ScoreModifiers* modifiers;    // null: scores are the products, times `scale`
+  float scale;                        // not yet in Q; > 0 where modifiers is null
+  const TanhRows<Operands>* queries;  // additive scores; null: dot products
   Operand k;
   int64_t first_key, nk;  // of the tile's keys, those to compute; k starts at first_key
   bool is_first;
@@ -85,21 +79,22 @@ struct ScorePanel {
     using Unit = typename Operands::Unit;
     constexpr int64_t kRow = kPanelRows * 4;
     float* s = scratch.s;
-    const float* panel = qt + panel_offset(v0 * kLanes, Operands::transposed_columns(p.D));
-    const char* q_bytes = reinterpret_cast<const char*>(panel);
+    const char* qt =
+        reinterpret_cast<const char*>(scratch.qt + panel_offset(v0 * kLanes, Operands::transposed_columns(p.D)));
     const int64_t units = Operands::units(p.D);
 
     Vf lane_max[NV];
     for (int i = 0; i < NV; ++i) lane_max[i] = vset(-__builtin_inff());
     const int64_t k_rows = max_i64(nk, row_major_rows(NV));
-    const bool is_dot = !Consumer::kServesAdditive || scoring == Scoring::kDot;
+    constexpr bool kMayBeAdditive = Consumer::kServesAdditive && !Operands::kPairs;
+    const bool is_dot = !kMayBeAdditive || queries == nullptr;
     const bool has_max = is_dot && modifiers == nullptr && nk == k_rows;
     if (has_max) {
-      gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, q_bytes, kRow, units, s, kPanelRows, lane_max);
+      gemm_row_major<Unit, NV, true>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
     } else if (is_dot) {
-      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, q_bytes, kRow, units, s, kPanelRows, lane_max);
-    } else if constexpr (Consumer::kServesAdditive) {
-      additive_scores<NV, Operands>(scoring, panel, k, scratch.w, p.D, nk, s, kPanelRows);
+      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, k_rows, qt, kRow, units, s, kPanelRows, lane_max);
+    } else if constexpr (kMayBeAdditive) {
+      additive_scores<NV>(*queries, v0, k, scratch.w, nk, s, kPanelRows);
     }
     if (modifiers != nullptr) {
       modify_scores<NV>(*modifiers, s, kPanelRows, first_key, nk, v0, lane_max);
@@ -109,8 +104,7 @@ struct ScorePanel {
       }
     }
     const bool are_modified = modifiers != nullptr;
-    consumer.take(
-        PanelScores<NV>{s, first_key, nk, v0, are_modified, are_modified ? 1.0f : scale, is_first, lane_max});
+    consumer.take(PanelScores<NV>{s, first_key, nk, v0, are_modified, are_modified ? 1.0f : scale, is_first, lane_max});
   }
 };
 
@@ -150,15 +144,15 @@ inline void walk_scores(const AttentionParams& p, const ForwardItem& item, int64
 
   const Raw* q = row_at<const Raw>(p.q, p.q_stride, item.b, item.hq, item.i0);
   // Float arithmetic folds the scale into Q; bfloat16 operands stay what they are.
-  const float scale = static_cast<float>(p.scale);
-  const bool is_additive = Consumer::kServesAdditive && p.w != nullptr;
-  Operands::transposed(scratch.qt, q, p.q_stride[2], rows, p.D, is_additive ? 1.0f : scale);
-  const float rest_scale = Operands::kPairs && !is_additive ? scale : 1.0f;
-  bool rows_are_far = false;
-  if (is_additive) {
+  const float scale = product_scale(p);
+  const float rest_scale = Operands::kPairs ? scale : 1.0f;
+  TanhRows<Operands> queries;
+  const bool has_tanh = Consumer::kServesAdditive && is_additive<Operands>(p);
+  if (has_tanh) {
     load_w<Operands>(p, item.hq, scratch.w);
-    rows_are_far = exponentiate_panels(scratch.qt, rows, p.D, Operands::transposed_columns(p.D));
-    if (rows_are_far) Operands::transposed(scratch.qt_raw, q, p.q_stride[2], rows, p.D, 1.0f);
+    queries = score_rows<Operands>(q, p.q_stride[2], rows, p.D, scratch.qt);
+  } else {
+    Operands::transposed(scratch.qt, q, p.q_stride[2], rows, p.D, scale);
   }
   const bool always_modify = has_modifiers(p) || rest_scale <= 0.0f;
 
@@ -175,30 +169,18 @@ inline void walk_scores(const AttentionParams& p, const ForwardItem& item, int64
           score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr, scratch.bias);
     }
     const Raw* k = row_at<const Raw>(p.k, p.k_stride, item.b, hkv, tile.j0);
-    Scoring scoring = Scoring::kDot;
     Operand keys;
-    if (is_additive) {
-      scoring = Scoring::kAdditive;
-      keys = additive_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k);
-      if (exponentiate_rows(scratch.k, round_up(tile.nk, kAdditiveKeys) * Operands::padded(p.D)) && rows_are_far) {
-        scoring = Scoring::kAdditiveExact;
-        keys = additive_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k_raw);
-      }
+    if (has_tanh) {
+      TanhRows<Operands> additive_keys = key_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k);
+      take_common_form(queries, additive_keys);
+      keys = additive_keys.operand();
     } else {
       keys = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], tile.nk, p.D);
     }
     consumer.begin_tile(tile);
-    const ScorePanel<Operands, Consumer> panel{p,
-                                               scratch,
-                                               consumer,
-                                               is_modified ? &modifiers : nullptr,
-                                               rest_scale,
-                                               scoring,
-                                               scoring == Scoring::kAdditiveExact ? scratch.qt_raw : scratch.qt,
-                                               keys,
-                                               0,
-                                               tile.nk,
-                                               is_first};
+    const ScorePanel<Operands, Consumer> panel{
+        p, scratch, consumer, is_modified ? &modifiers : nullptr, rest_scale, has_tanh ? &queries : nullptr, keys,
+        0, tile.nk, is_first};
     if (kind == TileKind::kPartial && p.mask == nullptr) {
       if (is_first) consumer.clear();
       run_trimmed(g, tile, panel);

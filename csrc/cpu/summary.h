@@ -24,8 +24,8 @@ constexpr float kLowestDistance = -200.0f;
 struct SummaryScratch {
   ScoreScratch scores;
   RowScratch rows;
-  float* distance;    // [kBlockRows]: sum of w (s - m)
-  float* key_max;     // [kBlockRows]: row_max and row_sum before the sink joins
+  float* distance;  // [kBlockRows]: sum of w (s - m)
+  float* key_max;   // [kBlockRows]: row_max and row_sum before the sink joins
   float* key_sum;
   float* top;         // [kBlockRows / kLanes][top_k][kLanes]: scores,
   uint32_t* top_key;  // and their keys
@@ -154,7 +154,8 @@ inline void finish_summary(const SummaryParams& sp, const ForwardItem& item, con
       const float m = rows.row_max[r], l = rows.row_sum[r];
       // A joint maximum puts the keys further below it.
       const float further = scratch.key_max[r] - m, sink_below = sink - m;
-      const float keys = scratch.distance[r] + scratch.key_sum[r] * (further > kLowestDistance ? further : kLowestDistance);
+      const float keys =
+          scratch.distance[r] + scratch.key_sum[r] * (further > kLowestDistance ? further : kLowestDistance);
       float mean = rows.rescale[r] * keys;
       if (sink_below > kLowestDistance) mean += __builtin_expf(sink_below) / l * sink_below;
       entropy[r] = l == 0.0f ? 0.0f : __builtin_logf(l) - mean;
@@ -176,7 +177,8 @@ inline void finish_summary(const SummaryParams& sp, const ForwardItem& item, con
       for (int64_t t = 0; t < top_k; ++t) {
         const int64_t from = t * kLanes + r - r0, to = (first + r) * top_k + t;
         if (sp.top_weights != nullptr) static_cast<float*>(sp.top_weights)[to] = top[from];
-        if (sp.top_index != nullptr) sp.top_index[to] = top_key[from] == kNoKey ? -1 : static_cast<int64_t>(top_key[from]);
+        if (sp.top_index != nullptr)
+          sp.top_index[to] = top_key[from] == kNoKey ? -1 : static_cast<int64_t>(top_key[from]);
       }
     }
   }

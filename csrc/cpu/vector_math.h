@@ -9,19 +9,12 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896340736f;
 
-// 2^t for t <= 127. From t = -127 on downwards it is exactly 0: masked weights must vanish. NaN stays NaN. Minimax
-// polynomials on [-1/2, 1/2] whose constant is exactly 1, so that the weight of a row's maximum is 1: degree 5 is good
-// to 1 ulp; degree 3, to 1e-4, serves weights that are rounded to bfloat16 (4e-3).
+// 2^(f + n) for f in [-1/2, 1/2] and the integer n in the low bits of `shifted`. Minimax polynomials whose constant is
+// exactly 1, so that the weight of a row's maximum is 1: degree 5 is good to 1 ulp; degree 3, to 1e-4, serves weights
+// that are rounded to bfloat16 (4e-3).
 template <int kDegree>
-FASTATTN_FN Vf vexp2(Vf t) {
+FASTATTN_FN Vf vexp2_parts(Vf f, Vf shifted) {
   static_assert(kDegree == 3 || kDegree == 5, "there are polynomials of degree 3 and 5");
-  // Adding 1.5 * 2^23 rounds t to an integer n and leaves n in the low bits. Rounding by addition and scaling by
-  // integer operations spare the multiply-add units, which the matrix products need.
-  // At t = -127 that leaves the bits of 1 minus as many, which is 0.
-  t = vmax(vset(-127.0f), t);
-  const Vf magic = vset(12582912.0f);
-  const Vf shifted = vadd(t, magic);
-  const Vf f = vsub(t, vsub(shifted, magic));
   Vf y;
   if constexpr (kDegree == 3) {
     y = vset(0.055009059607982635f);
@@ -38,10 +31,35 @@ FASTATTN_FN Vf vexp2(Vf t) {
   return vadd_exponent(y, shifted);
 }
 
+// Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. Rounding by addition and scaling by integer
+// operations spare the multiply-add units, which the matrix products need.
+constexpr float kRoundingShift = 12582912.0f;
+
+// 2^t for t <= 127. From t = -127 on downwards it is exactly 0: masked weights must vanish. NaN stays NaN.
+template <int kDegree>
+FASTATTN_FN Vf vexp2(Vf t) {
+  // At t = -127 the exponent leaves the bits of 1 minus as many, which is 0.
+  t = vmax(vset(-127.0f), t);
+  const Vf magic = vset(kRoundingShift);
+  const Vf shifted = vadd(t, magic);
+  return vexp2_parts<kDegree>(vsub(t, vsub(shifted, magic)), shifted);
+}
+
 FASTATTN_FN Vf vexp(Vf x) { return vexp2<5>(vmul(x, vset(kLog2e))); }
 
-// 1 / x of numbers whose reciprocal is normal: to about an ulp where kRefined, else to 14 bits or more, which serves results
-// of 16 bits. Newton's step doubles the bits of an estimate; Halley's, one multiply-add more, triples them.
+// e^x for |x| < 87 to an ulp or so, however large x is: vexp's error grows with x, by the rounding of x log2(e).
+FASTATTN_FN Vf vexp_precise(Vf x) {
+  // log(2) in two parts. The first has so few bits that its product with an integer below 128 is exact.
+  constexpr float kLog2High = 0.693145751953125f, kLog2Low = 1.42860677e-6f;
+  const Vf magic = vset(kRoundingShift);
+  const Vf shifted = vfma(x, vset(kLog2e), magic);
+  const Vf n = vsub(shifted, magic);
+  const Vf rest = vnegative_fma(n, vset(kLog2Low), vnegative_fma(n, vset(kLog2High), x));
+  return vexp2_parts<5>(vmul(rest, vset(kLog2e)), shifted);
+}
+
+// 1 / x of numbers whose reciprocal is normal: to about an ulp where kRefined, else to 14 bits or more, which
+// serves bfloat16. Newton's step doubles the bits of an estimate; Halley's, one multiply-add more, triples them.
 template <bool kRefined>
 FASTATTN_FN Vf vreciprocal(Vf x) {
   const Vf y = vreciprocal_estimate(x);

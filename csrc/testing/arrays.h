@@ -133,7 +133,7 @@ struct Options {
   Window window = {kUnlimited, kUnlimited};
   std::optional<double> scale;
   double softcap = 0.0;
-  OptionalArray bias, mask, alibi_slopes, sinks;
+  OptionalArray w, bias, mask, alibi_slopes, sinks;
   std::optional<py::array_t<int32_t, py::array::c_style>> kv_lengths;
   double dropout_p = 0.0;
   uint64_t seed = 0, offset = 0;
@@ -152,6 +152,8 @@ inline Options options_from(const py::kwargs& kwargs) {
       options.scale = py::cast<double>(value);
     } else if (name == "softcap") {
       options.softcap = py::cast<double>(value);
+    } else if (name == "w") {
+      options.w = py::cast<py::array>(value);
     } else if (name == "bias") {
       options.bias = py::cast<py::array>(value);
     } else if (name == "mask") {
@@ -192,6 +194,17 @@ inline AttentionParams make_params(const py::array& q, const py::array& k, const
   p.v = rows_view(v, "v", p.dtype, {p.B, p.Hkv, p.Lk, p.Dv}, p.v_stride).data;
   p.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D)));
   p.softcap = options.softcap;
+  if (options.w) {
+    const bool per_head = options.w->ndim() == 2;
+    const View view = float_view(*options.w, "w", per_head ? 2 : 1);
+    if (view.dtype != p.dtype) refuse("w does not have q's dtype.");
+    if (view.size.back() != p.D || (per_head && view.size[0] != p.Hq)) refuse("w must be (Hq, D) or (D,).");
+    if (p.D > 1 && view.stride.back() != 1) refuse("w must be contiguous in its last dimension.");
+    // A stride of 0 says that heads share w, and with it dw.
+    if (per_head && p.Hq > 1 && view.stride[0] == 0) refuse("w of shape (Hq, D) must have rows of its own.");
+    p.w = view.data;
+    p.w_stride = per_head ? view.stride[0] : 0;
+  }
   if (options.bias) {
     const View view = float_view(*options.bias, "bias", 4);
     if (view.dtype != p.dtype && view.dtype != DType::kFloat32) refuse("bias must have q's dtype or float32.");
@@ -311,6 +324,10 @@ py::dict backward_arrays(const py::array& d_o, const py::array& q, const py::arr
     broadcast_strides(float_view(d_bias, "d_bias", 4), "d_bias", p, g.d_bias_stride);
   }
   if (options.sinks) g.d_sinks = add("d_sinks", make_result(stat, {p.Hq}));
+  if (options.w) {
+    const py::array& w = *options.w;
+    g.dw = add("dw", make_result(stat, std::vector<py::ssize_t>(w.shape(), w.shape() + w.ndim())));
+  }
   {
     py::gil_scoped_release others_may_run;
     run(static_cast<const AttentionGradParams&>(g));

@@ -76,8 +76,9 @@ void check_shapes(const AttentionArguments& a, AttentionParams* p) {
     value_error("v has length ", v[2], " but k has ", p->Lk, "; every key needs one value: cut or pad them alike.");
   }
   if (k[3] != p->D) {
-    value_error("k has head dimension ", k[3], " but q has ", p->D,
-                "; scores are dot products of q and k, so the two must be equal (v's may differ).");
+    value_error("k has head dimension ", k[3], " but q has ", p->D, "; ",
+                a.w ? "additive scores add" : "scores are dot products of",
+                " q and k, so the two must be equal (v's may differ).");
   }
   if (p->D == 0 || p->Dv == 0) {
     value_error(p->D == 0 ? "q and k have" : "v has", " head dimension 0; it must be at least 1.");
@@ -206,6 +207,20 @@ void check_kv_lengths(const Tensor& lengths, const AttentionParams& p) {
   }
 }
 
+void check_w(const Tensor& w, const AttentionParams& p) {
+  const bool is_shared = w.dim() == 1 && w.size(0) == p.D;
+  const bool per_head = w.dim() == 2 && w.size(0) == p.Hq && w.size(1) == p.D;
+  if (!is_shared && !per_head) {
+    value_error("w has shape ", shape_text(w), "; it must be (D,) = (", p.D, ",), shared by all heads, or (Hq, D) = (",
+                p.Hq, ", ", p.D, "), a row for each head of q.");
+  }
+  if (!has_dtype(w, p.dtype)) {
+    const std::string wanted = dtype_name(dtype_code(p.dtype));
+    type_error("w is ", dtype_name(dtype_code(w)), " but q is ", wanted,
+               "; q, k, v and w must share one dtype: convert with w.to(", wanted, ").");
+  }
+}
+
 void check_rng_state(const Tensor& state) {
   if (dtype_code(state) != aoti_torch_dtype_int64() || state.dim() != 1 || state.size(0) != 2) {
     value_error("rng_state is ", dtype_name(dtype_code(state)), " of shape ", shape_text(state),
@@ -274,7 +289,8 @@ AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
                                                                          {"alibi_slopes", &a.alibi_slopes},
                                                                          {"sinks", &a.sinks},
                                                                          {"kv_lengths", &a.kv_lengths},
-                                                                         {"rng_state", &a.rng_state}};
+                                                                         {"rng_state", &a.rng_state},
+                                                                         {"w", &a.w}};
   check_device("k", a.k, a.q);
   check_device("v", a.v, a.q);
   for (const auto& [name, tensor] : others) {
@@ -291,6 +307,7 @@ AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
   if (a.alibi_slopes) check_alibi_slopes(*a.alibi_slopes, p);
   if (a.sinks) check_sinks(*a.sinks, p);
   if (a.kv_lengths) check_kv_lengths(*a.kv_lengths, p);
+  if (a.w) check_w(*a.w, p);
   check_numbers(a, &p);
   if (a.rng_state) check_rng_state(*a.rng_state);
   if (p.dropout_p > 0.0 && !a.rng_state) {
@@ -299,23 +316,99 @@ AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
   return p;
 }
 
+namespace {
+
+void check_stats(const Tensor& stats, const Tensor& q, const AttentionParams& p) {
+  check_device("stats", stats, q);
+  if (stats.dim() == 1 && stats.size(0) == 0) {
+    value_error("stats is empty; the backward pass needs them: call the forward operator with save_stats=True.");
+  }
+  check_rows("stats", stats, {2, p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
+}
+
+void check_index(const Tensor& index, const Tensor& q, const AttentionParams& p) {
+  check_device("index", index, q);
+  bool has_shape = index.dim() == 3;
+  const int64_t sizes[3] = {p.B, p.Hq, p.Lq};
+  for (int64_t i = 0; has_shape && i < 3; ++i) has_shape = index.size(i) == sizes[i];
+  if (!has_shape || dtype_code(index) != aoti_torch_dtype_int64()) {
+    value_error("index is ", dtype_name(dtype_code(index)), " of shape ", shape_text(index),
+                "; it must be torch.int64 of shape (B, Hq, Lq) = (", p.B, ", ", p.Hq, ", ", p.Lq,
+                "), as the forward pass gave.");
+  }
+  // The kernels for CUDA compare indices and never follow them.
+  if (!index.is_cpu()) return;
+  const Tensor dense = as_contiguous(index);
+  const auto* at = static_cast<const int64_t*>(dense.const_data_ptr());
+  for (int64_t i = 0; i < dense.numel(); ++i) {
+    if (at[i] < -1 || at[i] >= p.Lk) {
+      value_error("index holds ", at[i], " but k has length ", p.Lk, "; every index must lie in [-1, ", p.Lk,
+                  "), as the forward pass gave.");
+    }
+  }
+}
+
+void check_row_mask(const Tensor& mask, const AttentionParams& p) {
+  const int64_t full[3] = {p.B, p.Hq, p.Lq};
+  const IntHeaderOnlyArrayRef sizes = mask.sizes();
+  bool broadcasts = sizes.size() <= 3;
+  for (size_t i = 0; broadcasts && i < sizes.size(); ++i) {
+    broadcasts = sizes[i] == 1 || sizes[i] == full[3 - sizes.size() + i];
+  }
+  if (!broadcasts) {
+    value_error("rows has shape ", shape_text(mask), ", which does not broadcast to (B, Hq, Lq) = (", p.B, ", ", p.Hq,
+                ", ", p.Lq, "); each of its dimensions, from the last, must be 1 or that size.");
+  }
+  if (dtype_code(mask) != aoti_torch_dtype_bool()) {
+    type_error("rows is ", dtype_name(dtype_code(mask)),
+               "; it must be torch.bool, True = counts for the key mass: convert with rows.to(torch.bool).");
+  }
+}
+
+}  // namespace
+
 AttentionParams check_attention_grad(const AttentionGradArguments& a, bool for_cuda) {
   const AttentionParams p = check_attention(a.forward, for_cuda);
-  for (const auto& [name, tensor] : {std::pair{"d_o", &a.d_o}, {"o", &a.o}, {"stats", &a.stats}}) {
-    check_device(name, *tensor, a.forward.q);
-  }
+  check_device("d_o", a.d_o, a.forward.q);
+  check_device("o", a.o, a.forward.q);
   check_rows("d_o", a.d_o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
   check_rows("o", a.o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
-  if (a.stats.dim() == 1 && a.stats.size(0) == 0) {
-    value_error("stats is empty; the backward pass needs them: call attention_forward with save_stats=True.");
-  }
-  check_rows("stats", a.stats, {2, p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
+  check_stats(a.stats, a.forward.q, p);
   if (a.d_lse) {
     check_device("d_lse", *a.d_lse, a.forward.q);
     check_rows("d_lse", *a.d_lse, {p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
   }
   if (a.need_d_bias && !a.forward.bias) value_error("need_d_bias is True but there is no bias.");
   if (a.need_d_sinks && !a.forward.sinks) value_error("need_d_sinks is True but there are no sinks.");
+  return p;
+}
+
+AttentionParams check_hard_attention_grad(const HardAttentionGradArguments& a, bool for_cuda) {
+  const Tensor& q = a.attention.q;
+  const AttentionParams p = check_attention(a.attention, for_cuda);
+  if (a.d_o) {
+    check_device("d_o", *a.d_o, q);
+    check_rows("d_o", *a.d_o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
+  }
+  if (a.d_log_prob) {
+    check_device("d_log_prob", *a.d_log_prob, q);
+    check_rows("d_log_prob", *a.d_log_prob, {p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
+  }
+  check_index(a.index, q, p);
+  check_stats(a.stats, q, p);
+  return p;
+}
+
+AttentionParams check_summary(const SummaryArguments& a, bool for_cuda) {
+  if (a.row_mask) check_device("rows", *a.row_mask, a.attention.q);
+  AttentionParams p = check_attention(a.attention, for_cuda);
+  if (a.row_mask) check_row_mask(*a.row_mask, p);
+  if (a.top_k < 0 || a.top_k > kMaxTopK) {
+    value_error("top_k is ", a.top_k, "; it must lie in [0, ", kMaxTopK,
+                "]: for more weights of a row call attention_weights.");
+  }
+  p.v = nullptr;
+  p.Dv = 0;
   return p;
 }
 

@@ -22,6 +22,44 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
       "Tensor? kv_lengths, Tensor? rng_state, int causal, int window_left, int window_right, float? scale, "
       "float softcap, float dropout_p, str device) -> ()");
+  m.def(
+      "additive_attention_forward("
+      "Tensor q, Tensor k, Tensor v, Tensor w, Tensor? mask, Tensor? kv_lengths, Tensor? rng_state, int causal, "
+      "float dropout_p, bool save_stats) -> (Tensor o, Tensor lse, Tensor stats)");
+  m.def(
+      "additive_attention_backward("
+      "Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor w, Tensor o, Tensor stats, Tensor? mask, "
+      "Tensor? kv_lengths, Tensor? rng_state, int causal, float dropout_p) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dw)");
+  m.def(
+      "_check_additive_attention("
+      "Tensor q, Tensor k, Tensor v, Tensor w, Tensor? mask, Tensor? kv_lengths, Tensor? rng_state, int causal, "
+      "float dropout_p, str device) -> ()");
+  m.def(
+      "hard_attention_forward("
+      "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_lengths, Tensor? rng_state, int causal, "
+      "int window_left, int window_right, float? scale, bool save_stats) "
+      "-> (Tensor o, Tensor index, Tensor log_prob, Tensor stats)");
+  m.def(
+      "hard_attention_backward("
+      "Tensor? d_o, Tensor? d_log_prob, Tensor q, Tensor k, Tensor v, Tensor index, Tensor stats, Tensor? mask, "
+      "Tensor? kv_lengths, int causal, int window_left, int window_right, float? scale) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "_check_hard_attention("
+      "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_lengths, Tensor? rng_state, int causal, "
+      "int window_left, int window_right, float? scale, str device) -> ()");
+  m.def(
+      "attention_summary("
+      "Tensor q, Tensor k, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lengths, "
+      "Tensor? row_mask, int causal, int window_left, int window_right, float? scale, float softcap, int top_k, "
+      "bool need_mass) -> (Tensor entropy, Tensor max_weight, Tensor top_weights, Tensor top_index, Tensor key_mass, "
+      "Tensor lse)");
+  m.def(
+      "_check_attention_summary("
+      "Tensor q, Tensor k, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lengths, "
+      "Tensor? row_mask, int causal, int window_left, int window_right, float? scale, float softcap, int top_k, "
+      "bool need_mass, str device) -> ()");
   m.def("dropout_mask(Tensor rng_state, int B, int H, int Lq, int Lk, float p) -> Tensor");
   m.def("_set_isa(str name) -> ()");
   m.def("_isa() -> str");

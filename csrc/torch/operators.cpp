@@ -11,8 +11,11 @@
 namespace {
 
 using fastattn::AttentionArguments;
+using fastattn::kUnlimited;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+const OptionalTensor kNone;
 
 // The argument lists below repeat the schemas', which TORCH_BOX matches by position.
 std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -22,9 +25,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
                                                      int64_t causal, int64_t window_left, int64_t window_right,
                                                      std::optional<double> scale, double softcap, double dropout_p,
                                                      bool save_stats) {
-  const AttentionArguments arguments{q,     k,          v,         bias,   mask,        alibi_slopes,
-                                     sinks, kv_lengths, rng_state, causal, window_left, window_right,
-                                     scale, softcap,    dropout_p};
+  const AttentionArguments arguments{q,          k,         v,     bias,   mask,        alibi_slopes, sinks,
+                                     kv_lengths, rng_state, kNone, causal, window_left, window_right, scale,
+                                     softcap,    dropout_p};
   return fastattn::attention_forward(arguments, save_stats);
 }
 
@@ -34,10 +37,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& sinks, const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
     int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap, double dropout_p,
     bool need_d_bias, bool need_d_sinks) {
-  const AttentionArguments arguments{q,     k,          v,         bias,   mask,        alibi_slopes,
-                                     sinks, kv_lengths, rng_state, causal, window_left, window_right,
-                                     scale, softcap,    dropout_p};
-  return fastattn::attention_backward({arguments, d_o, d_lse, o, stats, need_d_bias, need_d_sinks});
+  const AttentionArguments arguments{q,          k,         v,     bias,   mask,        alibi_slopes, sinks,
+                                     kv_lengths, rng_state, kNone, causal, window_left, window_right, scale,
+                                     softcap,    dropout_p};
+  const fastattn::AttentionGradients grads =
+      fastattn::attention_backward({arguments, d_o, d_lse, o, stats, need_d_bias, need_d_sinks});
+  return {grads.dq, grads.dk, grads.dv, grads.d_bias, grads.d_sinks};
 }
 
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
@@ -45,9 +50,107 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
                      const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
                      int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap,
                      double dropout_p, std::string device) {
-  fastattn::check_attention({q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, causal, window_left,
-                             window_right, scale, softcap, dropout_p},
+  fastattn::check_attention({q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, kNone, causal,
+                             window_left, window_right, scale, softcap, dropout_p},
                             device == "cuda");
+}
+
+AttentionArguments additive_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& w,
+                                      const OptionalTensor& mask, const OptionalTensor& kv_lengths,
+                                      const OptionalTensor& rng_state, int64_t causal, double dropout_p) {
+  return {q,         k, v,      kNone,      mask,       kNone, kNone, kv_lengths,
+          rng_state, w, causal, kUnlimited, kUnlimited, 1.0,   0.0,   dropout_p};
+}
+
+std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w,
+                                                    const OptionalTensor& mask, const OptionalTensor& kv_lengths,
+                                                    const OptionalTensor& rng_state, int64_t causal, double dropout_p,
+                                                    bool save_stats) {
+  const OptionalTensor given = w;
+  return fastattn::attention_forward(additive_arguments(q, k, v, given, mask, kv_lengths, rng_state, causal, dropout_p),
+                                     save_stats);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_backward(
+    const Tensor& d_o, const OptionalTensor& d_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w,
+    const Tensor& o, const Tensor& stats, const OptionalTensor& mask, const OptionalTensor& kv_lengths,
+    const OptionalTensor& rng_state, int64_t causal, double dropout_p) {
+  const OptionalTensor given = w;
+  const AttentionArguments arguments =
+      additive_arguments(q, k, v, given, mask, kv_lengths, rng_state, causal, dropout_p);
+  const fastattn::AttentionGradients grads =
+      fastattn::attention_backward({arguments, d_o, d_lse, o, stats, false, false});
+  return {grads.dq, grads.dk, grads.dv, grads.dw};
+}
+
+void check_additive(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w, const OptionalTensor& mask,
+                    const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal, double dropout_p,
+                    std::string device) {
+  const OptionalTensor given = w;
+  fastattn::check_attention(additive_arguments(q, k, v, given, mask, kv_lengths, rng_state, causal, dropout_p),
+                            device == "cuda");
+}
+
+AttentionArguments hard_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                                  const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
+                                  int64_t window_left, int64_t window_right, std::optional<double> scale) {
+  return {q,         k,     v,      kNone,       mask,         kNone, kNone, kv_lengths,
+          rng_state, kNone, causal, window_left, window_right, scale, 0.0,   0.0};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> hard_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                        const OptionalTensor& mask, const OptionalTensor& kv_lengths,
+                                                        const OptionalTensor& rng_state, int64_t causal,
+                                                        int64_t window_left, int64_t window_right,
+                                                        std::optional<double> scale, bool save_stats) {
+  return fastattn::hard_attention_forward(
+      hard_arguments(q, k, v, mask, kv_lengths, rng_state, causal, window_left, window_right, scale), save_stats);
+}
+
+std::tuple<Tensor, Tensor, Tensor> hard_backward(const OptionalTensor& d_o, const OptionalTensor& d_log_prob,
+                                                 const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index,
+                                                 const Tensor& stats, const OptionalTensor& mask,
+                                                 const OptionalTensor& kv_lengths, int64_t causal, int64_t window_left,
+                                                 int64_t window_right, std::optional<double> scale) {
+  return fastattn::hard_attention_backward(
+      {hard_arguments(q, k, v, mask, kv_lengths, kNone, causal, window_left, window_right, scale), d_o, d_log_prob,
+       index, stats});
+}
+
+void check_hard(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal, int64_t window_left,
+                int64_t window_right, std::optional<double> scale, std::string device) {
+  fastattn::check_attention(
+      hard_arguments(q, k, v, mask, kv_lengths, rng_state, causal, window_left, window_right, scale), device == "cuda");
+}
+
+AttentionArguments summary_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& bias,
+                                     const OptionalTensor& mask, const OptionalTensor& alibi_slopes,
+                                     const OptionalTensor& sinks, const OptionalTensor& kv_lengths, int64_t causal,
+                                     int64_t window_left, int64_t window_right, std::optional<double> scale,
+                                     double softcap) {
+  return {q,     k,     k,      bias,        mask,         alibi_slopes, sinks,   kv_lengths,
+          kNone, kNone, causal, window_left, window_right, scale,        softcap, 0.0};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> summary(
+    const Tensor& q, const Tensor& k, const OptionalTensor& bias, const OptionalTensor& mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& kv_lengths,
+    const OptionalTensor& row_mask, int64_t causal, int64_t window_left, int64_t window_right,
+    std::optional<double> scale, double softcap, int64_t top_k, bool need_mass) {
+  return fastattn::attention_summary({summary_arguments(q, k, bias, mask, alibi_slopes, sinks, kv_lengths, causal,
+                                                        window_left, window_right, scale, softcap),
+                                      row_mask, top_k, need_mass});
+}
+
+void check_summary(const Tensor& q, const Tensor& k, const OptionalTensor& bias, const OptionalTensor& mask,
+                   const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& kv_lengths,
+                   const OptionalTensor& row_mask, int64_t causal, int64_t window_left, int64_t window_right,
+                   std::optional<double> scale, double softcap, int64_t top_k, bool need_mass, std::string device) {
+  fastattn::check_summary({summary_arguments(q, k, bias, mask, alibi_slopes, sinks, kv_lengths, causal, window_left,
+                                             window_right, scale, softcap),
+                           row_mask, top_k, need_mass},
+                          device == "cuda");
 }
 
 }  // namespace
@@ -58,6 +161,14 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("attention_forward", TORCH_BOX(&::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&::attention_backward));
   m.impl("_check_attention", TORCH_BOX(&::check_attention));
+  m.impl("additive_attention_forward", TORCH_BOX(&additive_forward));
+  m.impl("additive_attention_backward", TORCH_BOX(&additive_backward));
+  m.impl("_check_additive_attention", TORCH_BOX(&check_additive));
+  m.impl("hard_attention_forward", TORCH_BOX(&hard_forward));
+  m.impl("hard_attention_backward", TORCH_BOX(&hard_backward));
+  m.impl("_check_hard_attention", TORCH_BOX(&check_hard));
+  m.impl("attention_summary", TORCH_BOX(&summary));
+  m.impl("_check_attention_summary", TORCH_BOX(&::check_summary));
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
 }
 

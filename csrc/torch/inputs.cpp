@@ -1,0 +1,76 @@
+#include "torch/inputs.h"
+
+#include <algorithm>
+
+#include "torch/engine.h"
+
+namespace fastattn {
+
+void row_strides(const Tensor& tensor, int64_t stride[3]) {
+  const IntHeaderOnlyArrayRef strides = tensor.strides();
+  for (int i = 0; i < 3; ++i) stride[i] = strides[static_cast<size_t>(i)];
+}
+
+void broadcast_strides(const Tensor& tensor, int64_t* stride, size_t dims) {
+  const IntHeaderOnlyArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+  const size_t missing = dims - sizes.size();
+  for (size_t i = 0; i < dims; ++i) stride[i] = i < missing || sizes[i - missing] == 1 ? 0 : strides[i - missing];
+}
+
+Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
+  Inputs inputs{with_contiguous_rows(a.q), with_contiguous_rows(a.k), with_contiguous_rows(a.v), {}, {}, {}, {}};
+  p->q = inputs.q.const_data_ptr();
+  p->k = inputs.k.const_data_ptr();
+  p->v = inputs.v.const_data_ptr();
+  row_strides(inputs.q, p->q_stride);
+  row_strides(inputs.k, p->k_stride);
+  row_strides(inputs.v, p->v_stride);
+  if (a.bias) {
+    p->bias = a.bias->const_data_ptr();
+    broadcast_strides(*a.bias, p->bias_stride, 4);
+  }
+  if (a.mask) {
+    p->mask = static_cast<const uint8_t*>(a.mask->const_data_ptr());
+    broadcast_strides(*a.mask, p->mask_stride, 4);
+  }
+  if (a.alibi_slopes) {
+    const bool per_batch = a.alibi_slopes->dim() == 2;
+    p->alibi_slopes = a.alibi_slopes->const_data_ptr();
+    p->alibi_stride[0] = per_batch ? a.alibi_slopes->stride(0) : 0;
+    p->alibi_stride[1] = a.alibi_slopes->stride(per_batch ? 1 : 0);
+  }
+  if (a.sinks) {
+    inputs.sinks = as_contiguous(*a.sinks);
+    p->sinks = inputs.sinks->const_data_ptr();
+  }
+  if (a.kv_lengths) {
+    inputs.kv_lengths = as_contiguous(*a.kv_lengths);
+    p->kv_lengths = static_cast<const int32_t*>(inputs.kv_lengths->const_data_ptr());
+  }
+  if (a.w) {
+    inputs.w = with_contiguous_rows(*a.w);
+    p->w = inputs.w->const_data_ptr();
+    p->w_stride = inputs.w->dim() == 2 ? inputs.w->stride(0) : 0;
+  }
+  if (a.rng_state) {
+    inputs.rng_state = as_contiguous(*a.rng_state);
+    engine::set_rng_state(static_cast<const int64_t*>(inputs.rng_state->const_data_ptr()), p);
+  }
+  return inputs;
+}
+
+Tensor empty_rows_like(const Tensor& like, int64_t B, int64_t H, int64_t L, int64_t D) {
+  const int64_t sizes[4] = {B, H, L, D};
+  const Device device = device_of(like);
+  if (like.stride(1) >= like.stride(2)) return empty_contiguous(sizes, 4, dtype_code(like), device);
+  // As torch counts strides: a size of 0 counts as 1.
+  const int64_t row = std::max<int64_t>(H, 1) * std::max<int64_t>(D, 1);
+  const int64_t strides[4] = {std::max<int64_t>(L, 1) * row, std::max<int64_t>(D, 1), row, 1};
+  return empty_strided(sizes, strides, 4, dtype_code(like), device);
+}
+
+Tensor empty_nothing(int32_t dtype, const Device& device) {
+  return empty_contiguous(std::array{int64_t{0}}, dtype, device);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,33 @@
+// What all operators do with their tensors: point params at them, allocate results that lie in memory as they do.
+#pragma once
+
+#include <optional>
+
+#include "torch/arguments.h"
+#include "torch/tensors.h"
+
+namespace fastattn {
+
+// Tensors that the params point into.
+struct Inputs {
+  Tensor q, k, v;
+  std::optional<Tensor> sinks, kv_lengths, rng_state, w;
+};
+
+Inputs point_at_inputs(const AttentionArguments& arguments, AttentionParams* params);
+
+// Strides along batch, head and row of a tensor of four dimensions.
+void row_strides(const Tensor& tensor, int64_t stride[3]);
+
+// Strides of a tensor of up to `dims` dimensions, the last ones aligned: 0 along one that is broadcast, for it is
+// missing or its size is 1.
+void broadcast_strides(const Tensor& tensor, int64_t* stride, size_t dims);
+
+// A result of shape [B, H, L, D] that lies in memory as `like` does: (B, L, H, D) when like's heads lie inside its
+// rows, as they do when a projection of shape (B, L, H * D) was split, else (B, H, L, D). The fakes in fastattn/ say
+// the same.
+Tensor empty_rows_like(const Tensor& like, int64_t B, int64_t H, int64_t L, int64_t D);
+
+Tensor empty_nothing(int32_t dtype, const Device& device);  // shape (0,)
+
+}  // namespace fastattn
