@@ -319,7 +319,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """o and lse of four-dimensional tensors: attention_forward and its gradients, in the cheapest way for the caller.
 
-    The arguments are the operator's. Without rng_state, dropout draws its seed from the default generator of q's device.
+    The arguments are the operator's. Without rng_state, dropout draws one from the default generator of q's device.
     """
     # A probability beyond [0, 1] is the operator's to refuse.
     if rng_state is None and dropout_p and 0.0 < dropout_p <= 1.0:

@@ -33,7 +33,10 @@ class ServedModules:
     replaceable: tuple[str, ...]  # names of those that replace_modules would replace
 
     def __str__(self) -> str:
-        lines = [f"served by fastattn: {len(self.served)}", f"left to PyTorch: {len(self.left) + len(self.replaceable)}"]
+        lines = [
+            f"served by fastattn: {len(self.served)}",
+            f"left to PyTorch: {len(self.left) + len(self.replaceable)}",
+        ]
         lines += [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.left.items()]
         lines += [f"  {name or '(the model itself)'}: can be replaced" for name in self.replaceable]
         return "\n".join(lines)
@@ -88,7 +91,9 @@ def replace_modules(model: Model) -> Model:
             left[name] = reason
     if left:
         listed = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in left.items())
-        warnings.warn(f"fastattn: replace_modules left {len(left)} attention modules to PyTorch: {listed}.", stacklevel=2)
+        warnings.warn(
+            f"fastattn: replace_modules left {len(left)} attention modules to PyTorch: {listed}.", stacklevel=2
+        )
     elif not found:
         warnings.warn(
             f"fastattn: replace_modules found no torch.nn.MultiheadAttention in the {type(model).__name__}; models with"
@@ -179,7 +184,7 @@ def _obstacle(module: torch.nn.MultiheadAttention) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     # A quantized linear layer has its weight packed, and a method in its place.
-    out_proj = module.out_proj
+    out_proj: Any = module.out_proj
     if not isinstance(out_proj, torch.nn.Linear) or not isinstance(out_proj.weight, torch.Tensor):
         return f"its out_proj is a {type(out_proj).__module__}.{type(out_proj).__name__}, which is no torch.nn.Linear"
     weight = out_proj.weight

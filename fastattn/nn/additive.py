@@ -7,13 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastattn import _ops
 from fastattn._additive import additive_attention
 from fastattn._arguments import Causal
 from fastattn.nn.checks import check_dropout, check_heads, check_sizes
 from fastattn.nn.projected import ProjectedKeys, ProjectedKeysAttention, join_heads, per_row
-from fastattn.reference._additive import additive_scores
-from fastattn.reference._attention import softmax
+from fastattn.nn.weights import additive_weights
 
 
 class AdditiveScoreAttention(ProjectedKeysAttention):
@@ -39,10 +37,8 @@ class AdditiveScoreAttention(ProjectedKeysAttention):
         output = join_heads(o, query)
         if not need_weights:
             return output
-        with torch.autocast(q.device.type, enabled=False):
-            wide = _ops.accumulator_dtype(q.dtype)
-            s = additive_scores(q, k, w, mask=mask, kv_lengths=kv_lengths, causal=causal, dtype=wide)
-            return output, per_row(softmax(s)[0].to(q.dtype), query)
+        p = additive_weights(q, k, w, mask=mask, kv_lengths=kv_lengths, causal=causal)
+        return output, per_row(p.to(q.dtype), query)
 
 
 class AdditiveAttention(AdditiveScoreAttention):
@@ -104,9 +100,7 @@ class AdditiveAttention(AdditiveScoreAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
-            query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads
-        )
+        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads)
         value_dim = key_dim if value_dim is None else value_dim
         check_heads("attn_dim", attn_dim, num_heads)
         check_heads("value_dim", value_dim, num_heads)
@@ -116,7 +110,9 @@ class AdditiveAttention(AdditiveScoreAttention):
         self.dropout = dropout
         self.query_proj = torch.nn.Linear(query_dim, attn_dim, bias=False, device=device, dtype=dtype)
         self.key_proj = torch.nn.Linear(key_dim, attn_dim, bias=bias, device=device, dtype=dtype)
-        self.score_weight = torch.nn.Parameter(torch.empty(num_heads, attn_dim // num_heads, device=device, dtype=dtype))
+        self.score_weight = torch.nn.Parameter(
+            torch.empty(num_heads, attn_dim // num_heads, device=device, dtype=dtype)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -188,8 +184,8 @@ class AdditiveAttention(AdditiveScoreAttention):
                 (B, H, Lq, Lk); each dimension may be 1.
             kv_lengths: (B,), int32: the number of keys that exist. What lies beyond is not read.
             causal: As in fastattn.attention.
-            need_weights: Whether to compute and return the weights, with plain operations in O(B Lq Lk attn_dim) memory:
-                for looking at.
+            need_weights: Whether to compute and return the weights, with plain operations in O(B Lq Lk attn_dim)
+                memory: for looking at.
 
         Returns:
             output: (B, Lq, value_dim), or (B, value_dim). A query that sees no key has an output of 0.

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import _ops, reference
 from fastattn._arguments import Causal
 from fastattn._attention import attention
 from fastattn.nn.additive import AdditiveScoreAttention
 from fastattn.nn.checks import check_dropout, check_sizes
 from fastattn.nn.projected import ProjectedKeys, join_heads, per_row
+from fastattn.nn.weights import dot_weights
 
 Score = Literal["dot", "general", "concat"]
 
@@ -200,7 +200,5 @@ class LuongAttention(AdditiveScoreAttention):
         output = join_heads(o, query)
         if not need_weights:
             return output
-        with torch.autocast(q.device.type, enabled=False):
-            wide = _ops.accumulator_dtype(q.dtype)
-            p = reference.weights(q, k, scale=1.0, mask=mask, kv_lengths=kv_lengths, causal=causal, dtype=wide)
-            return output, per_row(p.to(q.dtype), query)
+        p = dot_weights(q, k, scale=1.0, mask=mask, kv_lengths=kv_lengths, causal=causal)
+        return output, per_row(p.to(q.dtype), query)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastattn import _errors, _ops, reference
 from fastattn._attention import attention
 from fastattn.nn.checks import check_dropout, check_heads, check_sizes
+from fastattn.nn.weights import dot_weights
 
 # In eval mode torch.nn.TransformerEncoderLayer takes the parameters out of its self_attn and computes without calling
 # it, except where a module in it has a hook. This key is no integer, as those of PyTorch's handles are: they begin
@@ -44,9 +46,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Constructor, arguments, shapes, parameters with their names and initial values, and results are those of
     torch.nn.MultiheadAttention, of which this is a subclass: state dicts load both ways. The output never comes from a
-    matrix of weights: p v is one fused operation, forward and backward, and a padding mask is used as the (N, S) that it
-    is. ``need_weights=True`` computes the weights beside it, with plain operations in O(N H L S) memory; pass False
-    wherever nobody looks at them.
+    matrix of weights: all of it between the projections is one operation, forward and backward, and a padding mask is
+    used as the (N, S) that it is. ``need_weights=True`` computes the weights beside it, with plain operations in
+    O(N H L S) memory; pass False wherever nobody looks at them.
 
     What differs from torch.nn.MultiheadAttention:
 
@@ -150,16 +152,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask: (L, S), or (N * H, L, S) with one for each sequence and head. Bool: True = this query does not
                 attend to this key. Float: added to the scores; it may require a gradient.
             average_attn_weights: Whether the weights are averaged over the heads.
-            is_causal: Promises that attn_mask, which must be given, is the causal mask: query i attends to no key j > i.
+            is_causal: Promises that attn_mask, which must be given, is the causal mask: query i sees no key j > i.
 
         The three inputs may be nested tensors of the strided layout with batch_first, without masks; then the output is
         one too, and the weights are padded with zeros.
 
         Returns:
             output: the shape of query.
-            weights: None, or (N, L, S), without average_attn_weights (N, H, L, S), without a batch (L, S) and (H, L, S);
-                in the output's dtype, after dropout, differentiable. A row sums to 1 where there is no dropout. Keys that
-                add_bias_kv and add_zero_attn appended are counted in S.
+            weights: None; or (N, L, S), without average_attn_weights (N, H, L, S), without a batch (L, S) and
+                (H, L, S); in the output's dtype, after dropout, differentiable. A row sums to 1 where there is no
+                dropout. Keys that add_bias_kv and add_zero_attn append are counted in S.
 
         Raises:
             ValueError: Shapes, sizes or devices break a rule above, or is_causal comes without attn_mask.
@@ -191,7 +193,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if query.dim() == 2:
             output = self._project_out(o.squeeze(0).transpose(0, 1), weight)
             return output, None if weights is None else weights.squeeze(0)
-        # o lies in memory as (N, L, H, D): with batch_first no copy is made. Without, the copy makes the output contiguous,
+        # o lies in memory as (N, L, H, D): with batch_first no copy is made. Without, it makes the output contiguous,
         # as PyTorch's is there.
         o = o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3).contiguous()
         return self._project_out(o, weight), weights
@@ -215,28 +217,29 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         if key_padding_mask is not None or attn_mask is not None or is_causal:
             raise ValueError(
-                "fastattn: key_padding_mask, attn_mask or is_causal was given with nested tensors; their lengths say what"
-                " is padding, and other masks take padded tensors: pad with torch.nested.to_padded_tensor."
+                "fastattn: key_padding_mask, attn_mask or is_causal was given with nested tensors; their lengths say"
+                " what is padding, and other masks take padded tensors: pad with torch.nested.to_padded_tensor."
             )
         if not self.batch_first:
             raise ValueError(
-                "fastattn: query is a nested tensor and batch_first is False; the sequences of a nested tensor come first:"
-                " construct the module with batch_first=True."
+                "fastattn: query is a nested tensor and batch_first is False; the sequences of a nested tensor come"
+                " first: construct the module with batch_first=True."
             )
         if self.bias_k is not None or self.add_zero_attn:
             raise ValueError(
-                "fastattn: query is a nested tensor and the module appends keys (add_bias_kv or add_zero_attn); they would"
-                " come after the padding: pad with torch.nested.to_padded_tensor and pass a key_padding_mask."
+                "fastattn: query is a nested tensor and the module appends keys (add_bias_kv or add_zero_attn); they"
+                " would come after the padding: pad with torch.nested.to_padded_tensor and pass a key_padding_mask."
             )
         lengths, key_lengths, value_lengths = ([x.size(0) for x in xs.unbind()] for xs in (query, key, value))
         if key_lengths != value_lengths:
             raise ValueError(
-                f"fastattn: the sequences of key have lengths {key_lengths} and those of value {value_lengths}; each key"
-                " has one value: they must be the same."
+                f"fastattn: the sequences of key have lengths {key_lengths} and those of value {value_lengths}; each"
+                " key has one value: they must be the same."
             )
         if len(lengths) != len(key_lengths):
             raise ValueError(
-                f"fastattn: query holds {len(lengths)} sequences and key {len(key_lengths)}; they must hold the same number."
+                f"fastattn: query holds {len(lengths)} sequences and key {len(key_lengths)}; they must hold the"
+                " same number."
             )
         is_self, is_shared = query is key and key is value, key is value
         padded_query = query.to_padded_tensor(0.0)
@@ -264,8 +267,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 )
             if x.size(-1) != features:
                 raise ValueError(
-                    f"fastattn: {name} has {x.size(-1)} features but the module was constructed for {features}; the last"
-                    f" dimension of {name} must be {features}."
+                    f"fastattn: {name} has {x.size(-1)} features but the module was constructed for {features}; the"
+                    f" last dimension of {name} must be {features}."
                 )
             if x.device != weight.device:
                 raise ValueError(
@@ -279,8 +282,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 )
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
-                f"fastattn: key has shape {tuple(key.shape)} and value {tuple(value.shape)}; each key has one value: all"
-                " but their last dimensions must be the same."
+                f"fastattn: key has shape {tuple(key.shape)} and value {tuple(value.shape)}; each key has one value:"
+                " all but their last dimensions must be the same."
             )
         batch = 0 if self.batch_first else 1
         if query.dim() == 3 and query.size(batch) != key.size(batch):
@@ -291,19 +294,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k, v: (N, H, L, D), (N, H, S, D), (N, H, S, D), views of one matrix product where the inputs are one."""
-        weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        packed: list[Tensor]  # of 1 to 3 tensors (..., n * E), which hold q, k and v in this order
+        weight: Tensor | None = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
+        E = self.embed_dim
+        # Inputs, and the rows of the projection that they go through: q's, k's and v's, in this order.
         if weight is None:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None,) * 3 if bias is None else bias.chunk(3)
-            packed = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-        elif query is key and key is value:
-            packed = [F.linear(query, weight, bias)]
+            inputs, sizes = [query, key, value], [E, E, E]
+            weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         else:
-            inputs, sizes = ((query, key), [E, 2 * E]) if key is value else ((query, key, value), [E, E, E])
+            if query is key and key is value:
+                inputs, sizes = [query], [3 * E]
+            elif key is value:
+                inputs, sizes = [query, key], [E, 2 * E]
+            else:
+                inputs, sizes = [query, key, value], [E, E, E]
             weights = weight.split(sizes)
-            biases = (None,) * len(sizes) if bias is None else bias.split(sizes)
-            packed = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+        biases: Sequence[Tensor | None] = [None] * len(sizes) if bias is None else bias.split(sizes)
+        packed = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
         # The gradients of unbind's results are put together in one copy, those of slices in one sum each.
         heads = [x for xs in packed for x in xs.unflatten(-1, (-1, self.num_heads, self.head_dim)).unbind(-3)]
         if query.dim() == 2:
@@ -351,13 +358,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if clean is error:
                 raise
             raise clean from None
-        with torch.autocast(q.device.type, enabled=False):
-            wide = _ops.accumulator_dtype(q.dtype)
-            p = reference.weights(q, k, bias=bias, mask=mask, kv_lengths=kv_lengths, dtype=wide)
-            if rng_state is not None:
-                keep = torch.ops.fastattn.dropout_mask(rng_state, *p.shape, dropout_p)
-                p = reference.dropped(p, keep, dropout_p)
-            return o, (p.mean(dim=1) if average else p).to(q.dtype)
+        p = dot_weights(q, k, bias=bias, mask=mask, kv_lengths=kv_lengths)
+        if rng_state is not None:
+            keep = torch.ops.fastattn.dropout_mask(rng_state, *p.shape, dropout_p)
+            p = reference.dropped(p, keep, dropout_p)
+        return o, (p.mean(dim=1) if average else p).to(q.dtype)
 
     def _project_out(self, o: Tensor, weight: Tensor) -> Tensor:
         """o (..., H, D) -> (..., E)."""

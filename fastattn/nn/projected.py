@@ -6,7 +6,7 @@ or projected, and queries as (B, Lq, E), or as one state for each sequence, (B, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,13 +51,13 @@ class ProjectedKeysAttention(torch.nn.Module):
             self._check(name, x, features, (3,))
         if key.shape[:2] != value.shape[:2]:
             raise ValueError(
-                f"fastattn: key has shape {tuple(key.shape)} and value {tuple(value.shape)}; each key has one value: their"
-                " first two dimensions must be the same."
+                f"fastattn: key has shape {tuple(key.shape)} and value {tuple(value.shape)}; each key has one value:"
+                " their first two dimensions must be the same."
             )
         if value.size(-1) % self.num_heads:
             raise ValueError(
-                f"fastattn: value has {value.size(-1)} features and the module {self.num_heads} heads; each head takes an"
-                " equal part of them: they must be a multiple of num_heads."
+                f"fastattn: value has {value.size(-1)} features and the module {self.num_heads} heads; each head takes"
+                " an equal part of them: they must be a multiple of num_heads."
             )
         return ProjectedKeys(self._heads(self._project_key(key)), self._heads(value))
 
@@ -85,15 +85,15 @@ class ProjectedKeysAttention(torch.nn.Module):
         k, v = key
         if query.size(0) != k.size(0):
             raise ValueError(
-                f"fastattn: query has {query.size(0)} sequences and key {k.size(0)}; the first dimension is the batch and"
-                " must be the same."
+                f"fastattn: query has {query.size(0)} sequences and key {k.size(0)}; the first dimension is the batch"
+                " and must be the same."
             )
         q = self._heads(self._project_query(query.unsqueeze(1) if query.dim() == 2 else query))
         if q.size(-1) != k.size(-1) or k.size(1) != self.num_heads:
             raise ValueError(
-                f"fastattn: query has {self.num_heads} heads of {q.size(-1)} features for the scores, and key {k.size(1)}"
-                f" of {k.size(-1)}; they must be the same: projected keys must come from this module's project_keys, and"
-                " the dot product needs queries and keys of the same size."
+                f"fastattn: query has {self.num_heads} heads of {q.size(-1)} features for the scores, and key"
+                f" {k.size(1)} of {k.size(-1)}; they must be the same: projected keys must come from this module's"
+                " project_keys, and a dot product needs queries and keys of one size."
             )
         return q, k, v, _four_dimensions(mask, q, k)
 
@@ -101,7 +101,7 @@ class ProjectedKeysAttention(torch.nn.Module):
         """(B, L, H * D) -> (B, H, L, D), a view."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _check(self, name: str, x: Tensor, features: int | None, dims: tuple[int, ...]) -> None:
+    def _check(self, name: str, x: Any, features: int | None, dims: tuple[int, ...]) -> None:
         if not isinstance(x, Tensor):
             also = ", or what project_keys returns" if name == "key" else ""
             raise TypeError(f"fastattn: {name} is a {type(x).__name__}; it must be a torch.Tensor{also}.")
@@ -128,7 +128,7 @@ class ProjectedKeysAttention(torch.nn.Module):
             )
 
 
-def _four_dimensions(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def _four_dimensions(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
     """A mask (B, Lk), (B, Lq, Lk) or (B, H, Lq, Lk), True = keep, as one that broadcasts to (B, H, Lq, Lk)."""
     if mask is None:
         return None
