@@ -21,6 +21,7 @@ from torch import Tensor
 import fastattn
 from fastattn import reference
 from fastattn._ops import draw_rng_state
+from fastattn.reference._attention import existing
 
 from .cases import Case, Inputs, accumulator, make_inputs
 
@@ -124,7 +125,7 @@ def rounding_terms(inputs: Inputs, keep: Tensor | None) -> dict[str, Terms]:
     lse = lse.masked_fill(lse == -math.inf, 0)
     z = torch.ones_like(p) if keep is None else reference.dropped(torch.ones_like(p), keep, dropout_p)
     G = q.shape[1] // max(k.shape[1], 1)
-    k, v = (reference._existing(x, kwargs.get("kv_lengths")).repeat_interleave(G, 1) for x in (k, v))
+    k, v = (existing(x, kwargs.get("kv_lengths")).repeat_interleave(G, 1) for x in (k, v))
 
     def sum_heads(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, max(G, 1))).sum(2)
