@@ -134,8 +134,8 @@ double noise(const AttentionParams& p, const Row& row, int64_t j) {
   return -std::log(fastattn::exponential_variate<double>(words.w[j & 3]));
 }
 
-// Each row's key is visible and the winner, or as good as the winner to what float32 can tell apart; o is its value, bit
-// for bit, and log_prob its log-probability.
+// Each row's key is visible and the winner, or as good as the winner to what float32 can tell apart; o is its value,
+// bit for bit, and log_prob its log-probability.
 template <class T>
 void check_draws(const Case& c, Inputs<T>& in, Inputs<double>& wide, Draws<T>& got, const Draws<double>& expected,
                  bool is_sampled, const std::string& label, long* near_ties) {

@@ -1,5 +1,6 @@
-// _fastattn_core: the torch-free engines for pytest. Mask geometry, Philox and attention on the CPU here; hard attention
-// and the summary in module_hard.cpp; the CUDA kernels, emulated, in module_cuda.cpp. All on NumPy arrays: see arrays.h.
+// _fastattn_core: the torch-free engines for pytest. Mask geometry, Philox and attention on the CPU here; hard
+// attention and the summary in module_hard.cpp; the CUDA kernels, emulated, in module_cuda.cpp. All on NumPy arrays:
+// see arrays.h.
 #include "testing/module.h"
 
 #include <array>

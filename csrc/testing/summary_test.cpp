@@ -1,5 +1,5 @@
-// The summary of attention weights on every instruction set, in float32, bfloat16 and float16, against the plain float64
-// path on the same (rounded) inputs; and that path against the weights themselves.
+// The summary of attention weights on every instruction set, in float32, bfloat16 and float16, against the plain
+// float64 path on the same (rounded) inputs; and that path against the weights themselves.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -328,8 +328,8 @@ std::vector<WantedCase> make_cases(int random_cases, unsigned random_seed) {
   return cases;
 }
 
-// Keys in groups of equal scores: of equals, the lower key comes first, wherever the tiles end and whatever the order in
-// which the groups come.
+// Keys in groups of equal scores: of equals, the lower key comes first, wherever the tiles end and whatever the order
+// in which the groups come.
 template <class T>
 void check_ties() {
   const Case c{.B = 1, .Lq = 40, .Lk = 700, .D = 8, .Dv = 1, .causal = Causal::kBottomRight, .mask = kFullK};
