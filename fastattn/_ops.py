@@ -315,13 +315,15 @@ def attention(
     scale: float | None,
     softcap: float,
     dropout_p: float,
+    rng_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o and lse of four-dimensional tensors: attention_forward and its gradients, in the cheapest way for the caller.
 
-    The arguments are the operator's. Dropout draws its seed from the default generator of q's device.
+    The arguments are the operator's. Without rng_state, dropout draws one from the default generator of q's device.
     """
     # A probability beyond [0, 1] is the operator's to refuse.
-    rng_state = draw_rng_state(q.device) if dropout_p and 0.0 < dropout_p <= 1.0 else None
+    if rng_state is None and dropout_p and 0.0 < dropout_p <= 1.0:
+        rng_state = draw_rng_state(q.device)
     settings = (causal, window_left, window_right, scale, softcap, dropout_p)
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         o, lse = _operator((q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state), settings)
