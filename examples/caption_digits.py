@@ -50,6 +50,7 @@ BATCH = 64
 STEPS, SMOKE_STEPS = {"soft": 500, "hard": 1000}, {"soft": 15, "hard": 15}
 LEARNING_RATE = 3e-3
 ENTROPY_REWARD, BASELINE_DECAY = 0.02, 0.9
+GAMMA, REWARD = 0.0, 1.0
 TESTED = 500
 ACCURACY, SMOKE_ACCURACY = {"soft": 0.95, "hard": 0.90}, {"soft": 0.1, "hard": 0.1}
 
@@ -109,9 +110,9 @@ class Captioner(nn.Module):
         super().__init__()
         self.is_hard = is_hard
         self.convolutions = nn.Sequential(
-            *(nn.Conv2d(1, WIDTH // 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(WIDTH // 2, WIDTH, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(1, WIDTH // 2, 3, padding=1), nn.BatchNorm2d(WIDTH // 2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(WIDTH // 2, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU()),
         )
         self.position = nn.Parameter(0.3 * torch.randn(ROWS * COLUMNS, WIDTH))
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
@@ -165,12 +166,15 @@ class Rewards:
     def loss(self, nll: Tensor, log_probs: Tensor, counts: Tensor) -> Tensor:
         """nll, log_probs and counts (whether the word counts) are (B, T)."""
         # A place matters to the word there and to those after it, not to those before it.
-        reward = -nll.detach().flip(1).cumsum(1).flip(1)
+        reward = -nll.detach()
+        if GAMMA:
+            for t in range(MAX_DIGITS - 1, -1, -1):
+                reward[:, t] += GAMMA * reward[:, t + 1]
         mean = (reward * counts).sum(0) / counts.sum(0).clamp(min=1)
         self.baseline = BASELINE_DECAY * self.baseline + (1 - BASELINE_DECAY) * mean
         # The gradient of the entropy is that of a reward of -log p.
         advantage = reward - self.baseline - ENTROPY_REWARD * log_probs.detach()
-        return -(advantage * log_probs * counts).sum() / counts.sum()
+        return -REWARD * (advantage * log_probs * counts).sum() / counts.sum()
 
 
 def train(model: Captioner, digits: Digits, steps: int, name: str) -> list[float]:
