@@ -39,17 +39,17 @@ except ImportError:  # run as a file: its folder, not the root, is on the path
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "end")
 END, START, NOTHING = 10, 11, -100  # NOTHING: padding of the targets, which no loss counts
-MIN_DIGITS, MAX_DIGITS = 2, 4
-DIGIT, HEIGHT, GAP = 8, 12, 4  # pixels: a digit's side, the image's height, the largest gap
+MIN_DIGITS, MAX_DIGITS = 1, 4
+DIGIT, HEIGHT, GAP = 8, 16, 4  # pixels: a digit's side, the image's height, the largest gap
 IMAGE_WIDTH = 48  # MAX_DIGITS digits with a gap before each fill it
-PATCH = 4
+PATCH = 8
 ROWS, COLUMNS = HEIGHT // PATCH, IMAGE_WIDTH // PATCH
 
 WIDTH = 64
 BATCH = 64
 STEPS, SMOKE_STEPS = {"soft": 500, "hard": 1000}, {"soft": 15, "hard": 15}
 LEARNING_RATE = 3e-3
-ENTROPY_REWARD, BASELINE_DECAY = 0.02, 0.9
+ENTROPY_REWARD, BASELINE_DECAY = 0.1, 0.9
 GAMMA, REWARD = 0.0, 1.0
 TESTED = 500
 ACCURACY, SMOKE_ACCURACY = {"soft": 0.95, "hard": 0.90}, {"soft": 0.1, "hard": 0.1}
@@ -112,7 +112,7 @@ class Captioner(nn.Module):
         self.convolutions = nn.Sequential(
             *(nn.Conv2d(1, WIDTH // 2, 3, padding=1), nn.BatchNorm2d(WIDTH // 2), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(WIDTH // 2, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU()),
+            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.MaxPool2d(2)),
         )
         self.position = nn.Parameter(0.3 * torch.randn(ROWS * COLUMNS, WIDTH))
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
