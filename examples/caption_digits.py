@@ -50,7 +50,6 @@ BATCH = 64
 STEPS, SMOKE_STEPS = {"soft": 500, "hard": 1000}, {"soft": 15, "hard": 15}
 LEARNING_RATE = 3e-3
 ENTROPY_REWARD, BASELINE_DECAY = 0.1, 0.9
-GAMMA, REWARD = 0.0, 1.0
 TESTED = 500
 ACCURACY, SMOKE_ACCURACY = {"soft": 0.95, "hard": 0.90}, {"soft": 0.1, "hard": 0.1}
 
@@ -65,6 +64,9 @@ class Batch:
     def inputs(self) -> Tensor:
         """(B, MAX_DIGITS + 1): what the decoder reads, START and the words so far."""
         return F.pad(self.targets[:, :-1].clamp(min=0), (1, 0), value=START)
+
+    def twice(self) -> Batch:
+        return Batch(*(torch.cat([x, x]) for x in (self.images, self.targets, self.places)))
 
 
 @dataclass
@@ -122,16 +124,19 @@ class Captioner(nn.Module):
         self.out = nn.Sequential(nn.Linear(2 * WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, END + 1))
 
     def look(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What is seen (B, 1, 1, WIDTH), and the log-probability of having looked there (B, 1, 1); 0 if softly."""
-        soft = fastattn.attention(q, k, v) if self.training or not self.is_hard else None
+        """What is seen (B, 1, 1, WIDTH), and the log-probability of having looked there (B, 1, 1); 0 if softly.
+
+        In training, hard attention is soft for the first half of the batch.
+        """
         if not self.is_hard:
-            assert soft is not None
-            return soft, torch.zeros(q.shape[:3])
-        hard = fastattn.hard_attention(q, k, v, mode="sample" if self.training else "argmax")
-        if soft is None:
+            return fastattn.attention(q, k, v), torch.zeros(q.shape[:3])
+        if not self.training:
+            hard = fastattn.hard_attention(q, k, v, mode="argmax")
             return hard.output, hard.log_prob
-        is_soft = torch.rand(len(q), 1, 1) < 0.5
-        return torch.where(is_soft[..., None], soft, hard.output), hard.log_prob.masked_fill(is_soft, 0)
+        (q, hard_q), (k, hard_k), (v, hard_v) = q.chunk(2), k.chunk(2), v.chunk(2)
+        soft = fastattn.attention(q, k, v)
+        hard = fastattn.hard_attention(hard_q, hard_k, hard_v, mode="sample")
+        return torch.cat([soft, hard.output]), torch.cat([torch.zeros_like(hard.log_prob), hard.log_prob])
 
     def forward(self, images: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, T, words), log-probabilities of the places (B, T), attention weights (B, T, patches).
@@ -164,17 +169,15 @@ class Rewards:
         self.baseline = torch.zeros(MAX_DIGITS + 1)  # one for each word of the caption
 
     def loss(self, nll: Tensor, log_probs: Tensor, counts: Tensor) -> Tensor:
-        """nll, log_probs and counts (whether the word counts) are (B, T)."""
-        # A place matters to the word there and to those after it, not to those before it.
-        reward = -nll.detach()
-        if GAMMA:
-            for t in range(MAX_DIGITS - 1, -1, -1):
-                reward[:, t] += GAMMA * reward[:, t + 1]
+        """nll, log_probs and counts (whether the word counts) are (B, T), first the soft looks, then the hard ones."""
+        soft, hard = nll.detach().chunk(2)
+        log_probs, counts = log_probs.chunk(2)[1], counts.chunk(2)[1]
+        reward = soft - hard  # how much more likely the word was than after the soft look at the same image
         mean = (reward * counts).sum(0) / counts.sum(0).clamp(min=1)
         self.baseline = BASELINE_DECAY * self.baseline + (1 - BASELINE_DECAY) * mean
         # The gradient of the entropy is that of a reward of -log p.
         advantage = reward - self.baseline - ENTROPY_REWARD * log_probs.detach()
-        return -REWARD * (advantage * log_probs * counts).sum() / counts.sum()
+        return -(advantage * log_probs * counts).sum() / counts.sum()
 
 
 def train(model: Captioner, digits: Digits, steps: int, name: str) -> list[float]:
@@ -185,13 +188,15 @@ def train(model: Captioner, digits: Digits, steps: int, name: str) -> list[float
     model.train()
     with tqdm(total=steps, desc=name, unit="step") as bar:
         for _ in range(steps):
-            batch = digits.make_batch(BATCH)
+            batch = digits.make_batch(BATCH // 2 if model.is_hard else BATCH)
+            if model.is_hard:
+                batch = batch.twice()
             logits, log_probs, _ = model(batch.images, batch.inputs)
             counts = batch.targets != NOTHING
             nll = F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=NOTHING, reduction="none")
             mean_nll = nll.sum() / counts.sum()
             optimizer.zero_grad()
-            (mean_nll + rewards.loss(nll, log_probs, counts)).backward()
+            (mean_nll + rewards.loss(nll, log_probs, counts) if model.is_hard else mean_nll).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
