@@ -362,7 +362,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if rng_state is not None:
             keep = torch.ops.fastattn.dropout_mask(rng_state, *p.shape, dropout_p)
             p = reference.dropped(p, keep, dropout_p)
-        return o, (p.mean(dim=1) if average else p).to(q.dtype)
+        return o, (p.mean(dim=1) if average else p).to(o.dtype)
 
     def _project_out(self, o: Tensor, weight: Tensor) -> Tensor:
         """o (..., H, D) -> (..., E)."""
