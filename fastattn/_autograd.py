@@ -87,7 +87,7 @@ class Operator:
         self._eager_call = self._eager_function(title)
         forward = (self.forward_op, self._setup_forward, self._forward_gradients)
         backward = (self.backward_op, self._setup_backward, self._backward_gradients)
-        self.functional_forward = _functional(*forward)
+        self._functional_forward = _functional(*forward)
         self._functional_backward = _functional(*backward)
         for op, setup, gradients in (forward, backward):
             torch.library.register_autograd(op.name(), gradients, setup_context=setup)
@@ -107,7 +107,7 @@ class Operator:
             # The kernels have no forward-mode derivative.
             return self._forward_mode(dict(zip(self._inputs, tensors, strict=True)), settings)
         if torch._C._are_functorch_transforms_active():
-            return self.functional_forward.apply(*tensors, *settings, True)[:-1]
+            return self._functional_forward.apply(*tensors, *settings, True)[:-1]
         if needs_grad:
             return self._eager_call(self._pick_others(tensors), settings, *differentiable)
         with torch._C._AutoDispatchBelowAutograd():
