@@ -141,8 +141,8 @@ struct Summarise {
   }
 };
 
-// Writes entropy, max_weight and the largest weights, after the sink has joined; rows.rescale is what exp(score - key_max)
-// is multiplied by.
+// Writes entropy, max_weight and the largest weights, after the sink has joined; rows.rescale is what
+// exp(score - key_max) is multiplied by.
 inline void finish_summary(const SummaryParams& sp, const ForwardItem& item, const SummaryScratch& scratch) {
   const AttentionParams& p = sp.attention;
   const RowScratch& rows = scratch.rows;
