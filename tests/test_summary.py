@@ -87,8 +87,8 @@ def rows_of(case: Case, n: int) -> Tensor | None:
 def rounding_terms(inputs: Inputs, rows: Tensor | None, top_k: int) -> dict[str, Terms]:
     """As in tests/compare.py. An entropy is lse - sum p s, so it errs like the lse and like a sum of p * (s - m).
 
-    The terms of these two sums have one sign. Added one by one, a tile's N of them, partial sums do not walk at random
-    but straight to their sum: N / 3 of its square, where the others have 1 / 2.
+    The terms of these two sums have one sign. Added one by one, a tile's N of them (in float64 a row's), partial sums
+    do not walk at random but straight to their sum: N / 3 of its square, where the others have 1 / 2.
     """
     q, k = inputs.q.double(), inputs.k.double()
     kwargs = dict(inputs.kwargs)
@@ -107,7 +107,7 @@ def rounding_terms(inputs: Inputs, rows: Tensor | None, top_k: int) -> dict[str,
     counted = p if rows is None else p * rows.expand(p.shape[:-1]).unsqueeze(-1)
     counted_error2 = p_error2 * (counted > 0)
     of_lse = p_error2.sum(-1)
-    straight = min(k.shape[2], 64) / 3
+    straight = (k.shape[2] if inputs.q.dtype == torch.float64 else min(k.shape[2], 64)) / 3
     of_sum = (p.square() * below_max.square() * (1 + c2)).sum(-1) + straight * (p * below_max).sum(-1).square()
     of_weight = (p_error2 + p.square() * (1 + of_lse).unsqueeze(-1)).sort(-1, descending=True).values
     sums2 = {
