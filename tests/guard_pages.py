@@ -107,7 +107,9 @@ def main(isas: list[str]) -> None:
 
 
 def main_emulated() -> None:
+    from .additive import ADDITIVE_CASES, make_additive_inputs
     from .emulated import compute_emulated, is_served
+    from .emulated_additive import compute_emulated_additive
 
     faulthandler.enable()
     count = 0
@@ -118,6 +120,14 @@ def main_emulated() -> None:
                 print(f"{case.id} {dtype} {'end' if at_end else 'start'}", flush=True)
                 with Guarded(at_end) as guarded:
                     compute_emulated(guarded.inputs(original))
+                count += 1
+    for additive in ADDITIVE_CASES[::2]:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = make_additive_inputs(additive, dtype)
+            for at_end in (True, False):
+                print(f"{additive.id} {dtype} {'end' if at_end else 'start'}", flush=True)
+                with Guarded(at_end) as guarded:
+                    compute_emulated_additive(inputs.moved(guarded.copy))
                 count += 1
     print(f"done: {count}")
 

@@ -27,6 +27,8 @@ extern template void launch_backward<DType::kBFloat16, CudaLauncher>(CudaLaunche
                                                                      const BiasGradientParams&);
 extern template void launch_backward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
                                                                     const BiasGradientParams&);
+extern template void launch_additive_forward(CudaLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_additive_backward(CudaLauncher&, const BackwardPlan&, const AdditiveBackwardParams&);
 
 namespace {
 

@@ -19,6 +19,8 @@ extern template void launch_backward<DType::kBFloat16>(EmulatedLauncher&, const 
                                                        const BiasGradientParams&);
 extern template void launch_backward<DType::kFloat16>(EmulatedLauncher&, const BackwardPlan&,
                                                       const BiasGradientParams&);
+extern template void launch_additive_forward(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_additive_backward(EmulatedLauncher&, const BackwardPlan&, const AdditiveBackwardParams&);
 
 }  // namespace fastattn::cuda
 

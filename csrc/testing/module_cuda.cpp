@@ -158,6 +158,21 @@ py::dict forward_plan(const std::string& dtype, int64_t B, int64_t Hq, int64_t H
   return result;
 }
 
+// The same for additive scores.
+py::dict additive_plan(int64_t B, int64_t Hq, int64_t Lq, int64_t Lk, int64_t Dv, const std::string& causal,
+                       int multiprocessors, int shared_bytes) {
+  AttentionParams p;
+  p.B = B, p.Hq = Hq, p.Lq = Lq, p.Lk = Lk, p.Dv = Dv;
+  p.causal = causal_from_name(causal);
+  const cuda::ForwardPlan plan = cuda::plan_additive_forward(p, {90, multiprocessors, shared_bytes});
+  py::dict result;
+  result["row_blocks"] = plan.row_blocks;
+  result["splits"] = plan.splits;
+  result["blocks"] = plan.blocks;
+  result["shared_bytes"] = cuda::additive_shared_bytes(cuda::kAdditiveResident, Dv);
+  return result;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -171,6 +186,9 @@ void bind_cuda(py::module_& m) {
         py::arg("Hkv"), py::arg("Lq"), py::arg("Lk"), py::arg("D"), py::arg("Dv"), py::arg("causal") = "none",
         py::arg("window") = Window{kUnlimited, kUnlimited}, py::arg("has_modifiers") = false,
         py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 * 1024);
+  m.def("cuda_additive_plan", &additive_plan, py::kw_only(), py::arg("B"), py::arg("Hq"), py::arg("Lq"), py::arg("Lk"),
+        py::arg("Dv"), py::arg("causal") = "none", py::arg("multiprocessors") = 132,
+        py::arg("shared_bytes") = 227 * 1024);
 }
 
 }  // namespace fastattn::testing
