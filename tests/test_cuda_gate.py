@@ -103,6 +103,7 @@ def test_names_of_variants() -> None:
 template <DType kType_, int kDim, bool kModified, bool kWantsDk, bool kSwizzled_ = true, bool kIsTransposed = false>
 struct SomeKernel {
 struct PlainKernel {
+struct DerivedKernel : Base<true> {
 """
     parameters = cuda_gate.template_parameters([header])
     constants = Constants("some", 128, 1, 0)
@@ -113,6 +114,7 @@ struct PlainKernel {
     assert describe("(f::DType)2, 32, true, true, true, false") == "some fp16 D32 modified"
     assert describe("(f::DType)0, 32, false, true, false, true") == "some fp32 D32 plain not swizzled istransposed"
     assert cuda_gate.describe("f::PlainKernel", constants, parameters) == "some"
+    assert {"SomeKernel", "PlainKernel", "DerivedKernel"} == set(parameters)
 
 
 def on_all(*usages: Usage) -> tuple[Usage, ...]:
