@@ -64,16 +64,35 @@ struct HardRowsKernel {
   }
 };
 
+// The end of a tile of dq or dk: scaled, rounded, and by way of the warp's own 16 rows of a tile in shared memory, which
+// only this warp has read, to `rows` rows of `columns` elements from `out` on.
+template <class Tile, int kD>
+FASTATTN_DEVICE void write_gradient(float (&acc)[1][kD][4], float scale, SharedAddress staging, int warp_row, char* out,
+                                    int64_t row_bytes, int rows, int columns, bool is_aligned) {
+#pragma unroll
+  for (int tile = 0; tile < kD; ++tile) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[0][tile][e] *= scale;
+  }
+  sync_warp();
+  store_accumulators<Tile>(acc, staging, warp_row);
+  sync_warp();
+  const auto out_row = [&](int row) { return out + row * row_bytes; };
+  store_rows<Tile, 16>(staging, out_row, warp_row, rows, columns < 8 * kD ? columns : 8 * kD, is_aligned);
+}
+
 template <DType kType, int kDim_>
 struct HardQueriesKernel {
   using Params = HardBackwardParams;
-  using Walk = RowWalk<kType, kDim_, false>;
+  static constexpr int kParts = gradient_parts(kType, kDim_);
+  using Walk = RowWalk<kType, kDim_, false, kParts>;
   static constexpr int kDim = kDim_;
   static constexpr const char* kName = "hard_attention_backward_dq";
   static constexpr int kBlockM = Walk::kBlockM, kBlockN = Walk::kBlockN, kThreads = Walk::kThreads, kN = Walk::kN;
   static constexpr int kSharedBytes = Walk::kSharedBytes;
   static constexpr int kMinBlocks = 2;
-  static constexpr int kD = kDim / 8;
+  static constexpr int kColumns = kDim / kParts;  // of the gradient, for each CTA
+  static constexpr int kD = kColumns / 8;
 
   FASTATTN_DEVICE void run(const Params& p) {
     float dq[1][kD][4];
@@ -81,7 +100,7 @@ struct HardQueriesKernel {
     HardRow rows[2];
     {
       const AttentionParams& a = p.walk.attention;
-      const typename Walk::Place at = Walk::place(p.walk);
+      const typename Walk::Place at = Walk::place_again(p.walk);
       const int64_t first = (static_cast<int64_t>(at.b) * a.Hq + at.h) * a.Lq + at.i0;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -90,6 +109,8 @@ struct HardQueriesKernel {
         if (row < at.rows) rows[n] = HardRow::from(p.row_stats[first + row]);
       }
     }
+    const int part = static_cast<int>(block_index() % kParts);
+    const SharedAddress first_byte = static_cast<SharedAddress>(part * kColumns * Walk::kBytes);
     Walk::run(p.walk, [&](typename Walk::Scores& s, int j0, SharedAddress k_tile) {
 #pragma unroll
       for (int tile = 0; tile < kN; ++tile) {
@@ -99,71 +120,55 @@ struct HardQueriesKernel {
           s[0][tile][e] = rows[e / 2].score_gradient(s[0][tile][e], j);
         }
       }
-      gemm_rn<typename Walk::TileK>(dq, s, bt_fragment_address<typename Walk::TileK>(k_tile));
+      gemm_rn<typename Walk::TileK>(dq, s, bt_fragment_address<typename Walk::TileK>(k_tile + first_byte));
     });
 
-    // By way of the warp's own rows of q's tile, which only this warp has read.
-    const typename Walk::Place at = Walk::place(p.walk);
-    const SharedAddress staging = shared_base();
+    const typename Walk::Place at = Walk::place_again(p.walk);
+    const int column = at.part * kColumns;
     const int64_t(&stride)[3] = p.dq_stride;
     char* const out =
-        static_cast<char*>(p.dq) + (at.b * stride[0] + at.h * stride[1] + at.i0 * stride[2]) * Walk::kBytes;
-    sync_warp();
-    scale_accumulators(dq, p.walk.constants.scale);
-    store_accumulators<typename Walk::TileQ>(dq, staging, Walk::warp_row());
-    sync_warp();
-    const auto out_row = [&](int row) { return out + row * stride[2] * Walk::kBytes; };
-    store_rows<typename Walk::TileQ, 16>(staging, out_row, Walk::warp_row(), at.rows,
-                                         static_cast<int>(p.walk.attention.D), p.is_aligned_dq);
-  }
-
-  FASTATTN_DEVICE void scale_accumulators(float (&acc)[1][kD][4], float scale) {
-#pragma unroll
-    for (int tile = 0; tile < kD; ++tile) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc[0][tile][e] *= scale;
-    }
+        static_cast<char*>(p.dq) + (at.b * stride[0] + at.h * stride[1] + at.i0 * stride[2] + column) * Walk::kBytes;
+    write_gradient<typename Walk::TileQ>(dq, p.walk.constants.scale, shared_base(), Walk::warp_row(), out,
+                                         stride[2] * Walk::kBytes, at.rows,
+                                         static_cast<int>(p.walk.attention.D) - column, p.is_aligned_dq);
   }
 };
 
 template <DType kType, int kDim_>
 struct HardKeysKernel {
   using Params = HardBackwardParams;
-  using Walk = KeyWalk<kType, kDim_, false, true>;
+  static constexpr int kParts = gradient_parts(kType, kDim_);
+  using Walk = KeyWalk<kType, kDim_, false, true, kParts>;
   static constexpr int kDim = kDim_;
   static constexpr const char* kName = "hard_attention_backward_dk";
   static constexpr int kBlockM = Walk::kBlockM, kBlockN = Walk::kBlockN, kThreads = Walk::kThreads;
   static constexpr int kSharedBytes = Walk::kSharedBytes;
   static constexpr int kMinBlocks = 2;
-  static constexpr int kD = kDim / 8;
+  static constexpr int kColumns = kDim / kParts;  // of the gradient, for each CTA
+  static constexpr int kD = kColumns / 8;
 
   FASTATTN_DEVICE void run(const Params& p) {
     float dk[1][kD][4];
     set_zero(dk);
-    Walk::run(
-        p.walk, p.row_stats, [](float score, int j, F32x4 row) { return HardRow::from(row).score_gradient(score, j); },
-        [&](typename Walk::Products& ds, SharedAddress q_tile) {
-          gemm_rn<typename Walk::TileQ>(dk, ds, bt_fragment_address<typename Walk::TileQ>(q_tile));
-        });
+    const int part = static_cast<int>(block_index() % kParts);
+    const SharedAddress first_byte = static_cast<SharedAddress>(part * kColumns * Walk::kBytes);
+    const auto weigh = [](float score, int j, F32x4 row) { return HardRow::from(row).score_gradient(score, j); };
+    Walk::run(p.walk, p.row_stats, weigh, [&](typename Walk::Products& ds, SharedAddress q_tile) {
+      gemm_rn<typename Walk::TileQ>(dk, ds, bt_fragment_address<typename Walk::TileQ>(q_tile + first_byte));
+    });
 
-    // By way of the warp's own rows of k's tile, which only this warp has read.
-    const typename Walk::Place at = Walk::place(p.walk);
-    const SharedAddress staging = shared_base();
+    const typename Walk::Place at = Walk::place_again(p.walk);
+    const int column = at.part * kColumns;
     const int64_t(&stride)[3] = p.dk_stride;
     char* const out =
-        static_cast<char*>(p.dk) + (at.b * stride[0] + at.head * stride[1] + at.j0 * stride[2]) * Walk::kBytes;
-    sync_warp();
-    HardQueriesKernel<kType, kDim>::scale_accumulators(dk, p.walk.constants.scale);
-    store_accumulators<typename Walk::TileK>(dk, staging, Walk::warp_row());
-    sync_warp();
-    const auto out_row = [&](int row) { return out + row * stride[2] * Walk::kBytes; };
-    const int keys = static_cast<int>(p.walk.attention.Lk) - at.j0;
-    store_rows<typename Walk::TileK, 16>(staging, out_row, Walk::warp_row(), keys, static_cast<int>(p.walk.attention.D),
-                                         p.is_aligned_dk);
+        static_cast<char*>(p.dk) + (at.b * stride[0] + at.head * stride[1] + at.j0 * stride[2] + column) * Walk::kBytes;
+    write_gradient<typename Walk::TileK>(dk, p.walk.constants.scale, shared_base(), Walk::warp_row(), out,
+                                         stride[2] * Walk::kBytes, static_cast<int>(p.walk.attention.Lk) - at.j0,
+                                         static_cast<int>(p.walk.attention.D) - column, p.is_aligned_dk);
   }
 };
 
-// dv. One warp = kKeys keys of one (batch, key head): it goes through the indices of all rows that see any of them, 32
+// dv. One CTA = one warp = kKeys keys of one (batch, key head): it goes through the indices of all rows that see any of them, 32
 // at a time, of one query head after the other, and adds up the rows of dO that take one of its keys, in that order. A
 // lane owns every 32nd column, and what it sums lies in shared memory where only itself looks: there is nothing to wait
 // for. The rows that take one key may be many or none; hits are taken kBatch at a time, whose loads are under way
@@ -172,27 +177,23 @@ template <DType kType>
 struct HardValuesKernel {
   using Params = HardBackwardParams;
   static constexpr const char* kName = "hard_attention_backward_dv";
-  static constexpr int kThreads = 128;
-  static constexpr int kMinBlocks = 4;
-  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kThreads = 32;
+  static constexpr int kMinBlocks = 16;
   static constexpr int kKeys = 8;
   static constexpr int kBatch = 4;
   static constexpr int kColumns = static_cast<int>(kMaxHeadDim);
-  static constexpr int kWarpBytes = kKeys * kColumns * 4;
-  static constexpr int kSharedBytes = kWarps * kWarpBytes;
+  static constexpr int kSharedBytes = kKeys * kColumns * 4;
   static constexpr int kBytes = kElementBytes<kType>;
 
   FASTATTN_DEVICE void run(const Params& p) {
     const AttentionParams& a = p.walk.attention;
-    const int lane = thread_index() & 31, warp = thread_index() >> 5;
-    const int64_t key_blocks = (a.Lk + kKeys - 1) / kKeys;
-    const int64_t block = block_index() * kWarps + warp;
-    if (block >= key_blocks * a.Hkv * a.B) return;
+    const int lane = thread_index();
+    const int64_t key_blocks = (a.Lk + kKeys - 1) / kKeys, block = block_index();
     const int64_t b = block / key_blocks / a.Hkv, hkv = block / key_blocks % a.Hkv;
     const int j0 = static_cast<int>(block % key_blocks) * kKeys;
     const int Dv = static_cast<int>(a.Dv);
     // Column `lane` of key 0; others follow at distances of kColumns and of 32 words.
-    const SharedAddress sums = shared_base() + static_cast<SharedAddress>(warp * kWarpBytes + lane * 4);
+    const SharedAddress sums = shared_base() + static_cast<SharedAddress>(lane * 4);
 
 #pragma unroll 1
     for (int n = 0; n < kKeys; ++n) {

@@ -113,7 +113,7 @@ struct HardForwardKernel {
       state.l[n] *= rescale;
       if (p.is_sampled) state.best[n] *= rescale;
     }
-    const typename Walk::Place at = Walk::place(p.walk);
+    const typename Walk::Place at = Walk::place_again(p.walk);
     const int i = at.i0 + Walk::lane_row();
     const int64_t bh = at.b * p.walk.attention.Hq + at.h;
     const DropoutSeed seed = dropout_seed(p.walk.attention);
@@ -137,7 +137,6 @@ struct HardForwardKernel {
           replace_best(state, n, x, x, j + e % 2);
         }
       }
-      reconverge();
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) state.l[n] += sum[n];
@@ -168,7 +167,7 @@ struct HardForwardKernel {
   }
 
   FASTATTN_DEVICE void write(const State& state, const Params& p) {
-    const typename Walk::Place at = Walk::place(p.walk);
+    const typename Walk::Place at = Walk::place_again(p.walk);
     const AttentionParams& a = p.walk.attention;
     const int row = Walk::lane_row();
     const int64_t first = ((static_cast<int64_t>(at.split) * a.B + at.b) * a.Hq + at.h) * a.Lq + at.i0;
@@ -220,6 +219,9 @@ struct HardFinishKernel {
         key = part_key;
       }
     }
+    // A NaN among the scores of a row compares with nothing, and makes the sum NaN: any visible key will do, but it must
+    // be one and the same everywhere.
+    if (state.l != state.l) key = first_visible(a, b, h, i);
     if (lane == 0) {
       write_statistics(a, {state, 0.0f}, row);
       p.index[row] = key;
@@ -229,6 +231,14 @@ struct HardFinishKernel {
     char* const out = static_cast<char*>(a.o) + (b * a.o_stride[0] + h * a.o_stride[1] + i * a.o_stride[2]) * kBytes;
     const char* const value = RowPointer<kBytes>::make(a.v, a.v_stride, b, h / (a.Hq / a.Hkv)).at(key < 0 ? 0 : key);
     copy_row(out, value, key >= 0, a.Dv, lane, p.copies_chunks);
+  }
+
+  FASTATTN_DEVICE int32_t first_visible(const AttentionParams& a, int64_t b, int64_t h, int64_t i) {
+    const MaskGeometry geometry = mask_geometry(a, b);
+    const int64_t* stride = a.mask_stride;
+    int64_t j = lo(geometry, i);
+    while (a.mask && !a.mask[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]]) ++j;
+    return static_cast<int32_t>(j);
   }
 
   // Bit for bit; without a value, zeros.

@@ -37,8 +37,9 @@ void launch_zero_rows(Launcher& launcher, void* out, const int64_t (&stride)[3],
 template <DType kType, int kDim, class Launcher>
 void launch_hard_gradients(Launcher& launcher, const WalkPlan& plan, const HardBackwardParams& p) {
   const AttentionParams& a = p.walk.attention;
-  launcher.template launch<HardKeysKernel<kType, kDim>>(plan.key_blocks * a.Hkv * a.B, p);
-  launcher.template launch<HardQueriesKernel<kType, kDim>>(plan.row_blocks * a.Hq * a.B, p);
+  constexpr int kParts = gradient_parts(kType, kDim);
+  launcher.template launch<HardKeysKernel<kType, kDim>>(plan.key_blocks * a.Hkv * a.B * kParts, p);
+  launcher.template launch<HardQueriesKernel<kType, kDim>>(plan.row_blocks * a.Hq * a.B * kParts, p);
 }
 
 template <DType kType, class Launcher>
@@ -63,8 +64,7 @@ void launch_hard_backward(Launcher& launcher, const WalkPlan& plan, const HardBa
   }
   if (p.d_o) {
     using Values = HardValuesKernel<kType>;
-    const int64_t warps = divide_up(a.Lk, Values::kKeys) * a.Hkv * a.B;
-    launcher.template launch<Values>(divide_up(warps, Values::kWarps), p);
+    launcher.template launch<Values>(divide_up(a.Lk, Values::kKeys) * a.Hkv * a.B, p);
   } else {
     launch_zero_rows<kType>(launcher, p.dv, p.dv_stride, a.B, a.Hkv, a.Lk, a.Dv);
   }

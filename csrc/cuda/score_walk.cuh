@@ -48,7 +48,8 @@ FASTATTN_DEVICE float score_of(const WalkParams& p, const MaskGeometry& g, float
 // exp(x - m), where m is at least x.
 FASTATTN_DEVICE float weight_below(float x, float m) { return exp2_approx((x - m) * kLog2E); }
 
-template <DType kType, int kDim, bool kAllModifiers>
+// kParts: CTAs that share a tile of rows, each for a part of what comes of it.
+template <DType kType, int kDim, bool kAllModifiers, int kParts = 1>
 struct RowWalk {
   static constexpr WalkTiles kTiles = walk_tiles(kType, kDim);
   static constexpr int kBlockM = kTiles.resident, kBlockN = kTiles.streamed, kWarps = kTiles.warps;
@@ -64,18 +65,24 @@ struct RowWalk {
   // Element [0][tile][e] is row lane_row() + 8 (e / 2), key 8 tile + 2 t + e % 2; t = lane % 4.
   using Scores = float[1][kN][4];
 
-  // Where a CTA works. Computed again wherever it is needed: kept, it would take registers throughout the loop.
+  // Where a CTA works.
   struct Place {
-    int b, h, i0, rows, split;
+    int b, h, i0, rows, split, part;
   };
-  FASTATTN_DEVICE Place place(const WalkParams& p) {
+  FASTATTN_DEVICE Place place(const WalkParams& p, uint32_t cta_index) {
     // Tiles of one (batch, head) are neighbours, so that its keys stay in L2; those with the most keys start first.
-    int cta = static_cast<int>(opaque(static_cast<uint32_t>(block_index())));
+    int cta = static_cast<int>(cta_index);
+    const int part = cta % kParts;
+    cta /= kParts;
     const int i0 = (p.row_blocks - 1 - cta % p.row_blocks) * kBlockM;
     cta /= p.row_blocks;
     const int split = cta % p.splits, bh = cta / p.splits;
     const int Hq = static_cast<int>(p.attention.Hq), left = static_cast<int>(p.attention.Lq) - i0;
-    return {bh / Hq, bh % Hq, i0, left < kBlockM ? left : kBlockM, split};
+    return {bh / Hq, bh % Hq, i0, left < kBlockM ? left : kBlockM, split, part};
+  }
+  // Computed again wherever it is needed: kept, it would take registers throughout the loop.
+  FASTATTN_DEVICE Place place_again(const WalkParams& p) {
+    return place(p, opaque(static_cast<uint32_t>(block_index())));
   }
 
   FASTATTN_DEVICE int warp_row() { return warp_index() * 16; }  // of the tile's rows, the first of this warp's
@@ -87,7 +94,7 @@ struct RowWalk {
   template <class Step>
   FASTATTN_DEVICE void run(const WalkParams& p, Step step) {
     const AttentionParams& a = p.attention;
-    const Place at = place(p);
+    const Place at = place(p, static_cast<uint32_t>(block_index()));
     const MaskGeometry geometry = mask_geometry(a, at.b);
     const TileRange keys = key_range(geometry, at.i0, at.i0 + at.rows);
     const int full_begin = static_cast<int>(keys.full_begin), full_end = static_cast<int>(keys.full_end);
@@ -155,7 +162,7 @@ struct RowWalk {
 };
 
 // kAllHeads: a CTA walks over all query heads that share its key head; otherwise over one query head.
-template <DType kType, int kDim, bool kAllModifiers, bool kAllHeads>
+template <DType kType, int kDim, bool kAllModifiers, bool kAllHeads, int kParts = 1>
 struct KeyWalk {
   static constexpr WalkTiles kTiles = walk_tiles(kType, kDim);
   static constexpr int kBlockN = kTiles.resident, kBlockM = kTiles.streamed, kWarps = kTiles.warps;
@@ -173,13 +180,15 @@ struct KeyWalk {
   using Products = float[1][kN][4];
 
   struct Place {
-    int b, head, j0;  // head: of the keys, or with kAllHeads = false of the queries
+    int b, head, j0, part;  // head: of the keys, or with kAllHeads = false of the queries
   };
-  FASTATTN_DEVICE Place place(const WalkParams& p) {
+  FASTATTN_DEVICE Place place(const WalkParams& p, uint32_t cta_index) {
     const int heads = static_cast<int>(kAllHeads ? p.attention.Hkv : p.attention.Hq);
-    const int cta = static_cast<int>(opaque(static_cast<uint32_t>(block_index())));
-    const int bh = cta / p.key_blocks;
-    return {bh / heads, bh % heads, cta % p.key_blocks * kBlockN};
+    const int cta = static_cast<int>(cta_index), block = cta / kParts, bh = block / p.key_blocks;
+    return {bh / heads, bh % heads, block % p.key_blocks * kBlockN, cta % kParts};
+  }
+  FASTATTN_DEVICE Place place_again(const WalkParams& p) {
+    return place(p, opaque(static_cast<uint32_t>(block_index())));
   }
 
   FASTATTN_DEVICE int warp_row() { return warp_index() * 16; }  // of the tile's keys, the first of this warp's
@@ -191,7 +200,7 @@ struct KeyWalk {
   template <class Weigh, class Step>
   FASTATTN_DEVICE void run(const WalkParams& p, const F32x4* all_stats, Weigh weigh, Step step) {
     const AttentionParams& a = p.attention;
-    const Place at = place(p);
+    const Place at = place(p, static_cast<uint32_t>(block_index()));
     const int group = static_cast<int>(a.Hq / a.Hkv);
     const int b = at.b, j0 = at.j0, hkv = kAllHeads ? at.head : at.head / group;
     const int first_head = kAllHeads ? at.head * group : at.head;

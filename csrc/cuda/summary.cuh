@@ -87,7 +87,7 @@ struct SummaryRowsKernel {
     State state;
     TopList list = {nullptr, nullptr, p.top_k, 0};
     {
-      const typename Walk::Place at = Walk::place(p.walk);
+      const typename Walk::Place at = Walk::place_again(p.walk);
       const AttentionParams& a = p.walk.attention;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -202,7 +202,6 @@ struct SummaryRowsKernel {
         }
       }
     }
-    reconverge();
     // A threshold only ever rises: the owner's is the largest. The next tile's scores come after the walk's barrier.
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -220,7 +219,7 @@ struct SummaryRowsKernel {
         state.t[n] += shuffle_xor(state.t[n], distance);
       }
     }
-    const typename Walk::Place at = Walk::place(p.walk);
+    const typename Walk::Place at = Walk::place_again(p.walk);
     const bool is_high = lane_index() & 1;
     const int row = own_row();
     if (!is_owner() || row >= at.rows) return;
@@ -269,29 +268,33 @@ struct SummaryMassKernel {
 
   FASTATTN_DEVICE void run(const Params& p) {
     float mass[2] = {0.0f, 0.0f};  // of the lane's two keys, from its own rows
-    Walk::run(
-        p.walk, p.row_stats, [](float score, int, F32x4 row) { return weight_below(score, row.x[0]) * row.x[1]; },
-        [&](const typename Walk::Products& weights, SharedAddress) {
-          // Each tile by itself first: a sum of sums loses less than one long sum.
-          float sum[2] = {0.0f, 0.0f};
+    // A row that does not count may be NaN.
+    const auto weigh = [](float score, int, F32x4 row) {
+      return row.x[1] == 0.0f ? 0.0f : weight_below(score, row.x[0]) * row.x[1];
+    };
+    Walk::run(p.walk, p.row_stats, weigh, [&](const typename Walk::Products& weights, SharedAddress) {
+      // Each tile by itself first: a sum of sums loses less than one long sum.
+      float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-          for (int tile = 0; tile < Walk::kN; ++tile) {
+      for (int tile = 0; tile < Walk::kN; ++tile) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sum[e / 2] += weights[0][tile][e];
-          }
-          mass[0] += sum[0];
-          mass[1] += sum[1];
-        });
-    const typename Walk::Place at = Walk::place(p.walk);
-    const AttentionParams& a = p.walk.attention;
+        for (int e = 0; e < 4; ++e) sum[e / 2] += weights[0][tile][e];
+      }
+      mass[0] += sum[0];
+      mass[1] += sum[1];
+    });
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       mass[n] += shuffle_xor(mass[n], 1);
       mass[n] += shuffle_xor(mass[n], 2);
+    }
+    const typename Walk::Place at = Walk::place_again(p.walk);
+    const AttentionParams& a = p.walk.attention;
+    if ((lane_index() & 3) != 0) return;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
       const int j = at.j0 + Walk::lane_row() + 8 * n;
-      if ((lane_index() & 3) == 0 && j < a.Lk) {
-        p.key_mass[(static_cast<int64_t>(at.b) * a.Hq + at.head) * a.Lk + j] = mass[n];
-      }
+      if (j < a.Lk) p.key_mass[(static_cast<int64_t>(at.b) * a.Hq + at.head) * a.Lk + j] = mass[n];
     }
   }
 };

@@ -146,4 +146,5 @@ PYBIND11_MODULE(_fastattn_core, m) {
   m.def("set_isa", &set_isa, py::arg("name"));
 
   fastattn::testing::bind_cuda(m);
+  fastattn::testing::bind_cuda_hard(m);
 }
