@@ -3,7 +3,8 @@
 #   TORCH=torch==2.14.1    another torch (the built library serves every torch from 2.10 on)
 #   PYTHON=python3.12      the interpreter that .venv is made from
 #   MAX_JOBS=1             compilers at a time (default: by cores and free memory)
-#   PYTEST_ARGS=... BENCH_ARGS=...   passed on, e.g. PYTEST_ARGS="-k causal" BENCH_ARGS=--quick
+#   PYTEST_ARGS=... BENCH_ARGS=...   passed on, e.g. PYTEST_ARGS="-k causal" BENCH_ARGS=--quick; the tests run in
+#                          as many processes as there are cores, with PYTEST_ARGS="-n 0" in one
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -36,14 +37,16 @@ help:  ## list the targets
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST) | head -n 4
+	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST) | head -n 5
 
 bench: build  ## compare with PyTorch SDPA: a table, a plot, and a model trained on real data
 	$(PY) -m bench $(BENCH_ARGS)
 
+# Neighbours among the tests share what they are compared with: processes get long runs of them (worksteal), and each
+# process takes up to 2 GB.
 test: build core  ## build everything and run the tests
 	ctest --test-dir build/cmake --output-on-failure --no-tests=error
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 venv: $(INSTALLED)  ## make .venv with torch and the tools
 

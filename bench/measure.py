@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -108,10 +108,15 @@ def error_in_bounds(job: Job, results: tuple[Tensor, ...], expected: tuple[Tenso
 
     Gradients share one yardstick: where a softmax is saturated dq and dk are differences that nearly cancel.
     """
+    return error_of(job.dtype, results, expected)
+
+
+def error_of(dtype: str, results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The same for tensors that are rounded to a dtype and share one yardstick."""
     if len(results) != len(expected) or any(r.shape != e.shape for r, e in zip(results, expected, strict=True)):
         return float("inf")
     scale = max((float(e.abs().max()) for e in expected if e.numel()), default=0.0)
-    bound = ULPS[job.dtype] * torch.finfo(DTYPES[job.dtype]).eps * scale
+    bound = ULPS[dtype] * torch.finfo(DTYPES[dtype]).eps * scale
     error = 0.0
     for result, value in zip(results, expected, strict=True):
         difference = (result.detach().float() - value).abs()

@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.cases import DTYPES, Job
 from bench.machine import ROOT
 from bench.peers import BASELINE, OURS, PEERS
+from bench.timing import Runner
 from tests.cases import bench_case
 
 
@@ -50,6 +52,15 @@ def _status_bytes(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
+def count_growth(runner: Runner) -> tuple[int, tuple[Tensor, ...]]:
+    """By how many bytes a call raises the high-water mark of this process's memory; and what the call returns."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present VmRSS
+    before = _status_bytes("VmHWM")
+    with runner.context():
+        results = runner.call()
+    return _status_bytes("VmHWM") - before, results
+
+
 def _measure_here(name: str, length: int, dtype: str) -> Memory:
     warm_up = Job(bench_case(256, 64), dtype, "step")
     PEERS[name].prepare(warm_up, warm_up.make_inputs()).results()  # loads libraries, starts threads
@@ -61,11 +72,7 @@ def _measure_here(name: str, length: int, dtype: str) -> Memory:
     inputs.q, inputs.k, inputs.v, inputs.d_o = q, k, v, d_o
     prepared = PEERS[name].prepare(Job(case, dtype, "step"), inputs)
 
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present VmRSS
-    before = _status_bytes("VmHWM")
-    with prepared.runner.context():
-        gradients = prepared.runner.call()
-    growth = _status_bytes("VmHWM") - before
+    growth, gradients = count_growth(prepared.runner)
     results = d_o.nbytes + sum(x.nbytes for x in gradients)
     unit = 4 * (q.numel() + k.numel() + v.numel())
     return Memory(name, length, dtype, torch.get_num_threads(), growth, results, unit)

@@ -13,7 +13,7 @@ import importlib.util
 import itertools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -76,14 +76,26 @@ def prepare_function(
     q, k, v = (x.detach().requires_grad_(wants_grad) for x in (inputs.q, inputs.k, inputs.v))
     # `attend` knows the bias by itself.
     variables = (q, k, v, inputs.kwargs["bias"].requires_grad_()) if job.bias_gradient else (q, k, v)
+    return prepare_direction(name, lambda: (attend(q, k, v),), variables, (inputs.d_o,), job.direction, context)
 
-    def forward() -> Tensor:
-        return attend(q, k, v)
+
+def prepare_direction(
+    name: str,
+    forward: Callable[[], tuple[Tensor, ...]],
+    variables: Sequence[Tensor],
+    d_outputs: Sequence[Tensor],
+    direction: str,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Prepared:
+    """A differentiable computation on `variables`, run in a direction. As many of its results, the first ones, as there
+    are `d_outputs` are differentiated.
+    """
+    differentiable = len(d_outputs)
 
     def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(), variables, inputs.d_o)
+        return torch.autograd.grad(forward()[:differentiable], variables, d_outputs)
 
-    if job.direction == "forward":
+    if direction == "forward":
 
         def without_grad() -> AbstractContextManager[Any]:
             stack = ExitStack()
@@ -92,17 +104,16 @@ def prepare_function(
             return stack
 
         runner = Runner(name, forward, without_grad)
-    elif job.direction == "backward":
+    elif direction == "backward":
         with context():
-            o = forward()
-        runner = Runner(name, lambda: torch.autograd.grad(o, variables, inputs.d_o, retain_graph=True), context)
+            outputs = forward()[:differentiable]
+        runner = Runner(name, lambda: torch.autograd.grad(outputs, variables, d_outputs, retain_graph=True), context)
     else:
         runner = Runner(name, step, context)
 
     def results() -> tuple[Tensor, ...]:
         with runner.context():
-            result = runner.call()
-        return (result,) if isinstance(result, Tensor) else result
+            return runner.call()
 
     return Prepared(runner, results)
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import _errors, _ops
-
-Causal = bool | Literal["top_left", "bottom_right"]
-Window = tuple[int | None, int | None]
-
-# The operator's codes; csrc/core/params.h has the same.
-_CAUSAL_CODES: dict[bool | str, int] = {False: 0, True: 2, "top_left": 1, "bottom_right": 2}
-_UNLIMITED = -1
+from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, window_sides
 
 
 @overload
@@ -144,16 +138,16 @@ def attention(
     """
     try:
         if torch._C._is_any_autocast_enabled():
-            q, k, v, bias = _autocast(q, k, v, bias)
+            q, k, v, bias = autocast(q, k, v, bias)
         if alibi_slopes is not None:
-            alibi_slopes = _accumulator("alibi_slopes", alibi_slopes, q)
+            alibi_slopes = accumulator("alibi_slopes", alibi_slopes, q)
             if alibi_slopes.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
                     "fastattn: alibi_slopes requires a gradient, which attention does not compute; pass"
                     " alibi_slopes.detach(), or the penalty as a bias, which is differentiable."
                 )
         if sinks is not None:
-            sinks = _accumulator("sinks", sinks, q)
+            sinks = accumulator("sinks", sinks, q)
         o, lse = _ops.attention(
             q,
             k,
@@ -163,8 +157,8 @@ def attention(
             alibi_slopes,
             sinks,
             kv_lengths,
-            0 if causal is False else _causal_code(causal),
-            *((_UNLIMITED, _UNLIMITED) if window is None else _window_sides(window)),
+            0 if causal is False else causal_code(causal),
+            *window_sides(window),
             scale,
             0.0 if softcap is None else softcap,
             dropout_p,
@@ -188,50 +182,3 @@ def attention(
             raise
         raise clean from None
     return (o, lse) if return_lse else o
-
-
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """Casts float tensors to the autocast dtype of the first one's device. float64 stays, as it does in torch."""
-    assert tensors[0] is not None
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
-
-
-def _accumulator(name: str, tensor: Tensor, q: Tensor) -> Tensor:
-    """A small per-head tensor in the type in which the kernels compute."""
-    if not tensor.is_floating_point():
-        raise TypeError(f"fastattn: {name} is {tensor.dtype}; it must be a float tensor: convert with {name}.float().")
-    return tensor.to(_ops.accumulator_dtype(q.dtype))
-
-
-def _causal_code(causal: Any) -> int:
-    if not isinstance(causal, bool | str):
-        raise TypeError(
-            f"fastattn: causal is a {type(causal).__name__}; it must be False, True, 'top_left' or 'bottom_right'."
-        )
-    if causal not in _CAUSAL_CODES:
-        raise ValueError(
-            f"fastattn: causal is {causal!r}; it must be False, True (the same as 'bottom_right'), 'top_left' or"
-            " 'bottom_right'."
-        )
-    return _CAUSAL_CODES[causal]
-
-
-def _window_sides(window: Any) -> tuple[int, int]:
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(
-            f"fastattn: window is {window!r}; it must be a pair (left, right) of key counts, None without limit."
-        )
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int | torch.SymInt)):
-            raise TypeError(f"fastattn: window is {window!r}; each side must be an int, or None without limit.")
-        if side is not None and side < 0:
-            raise ValueError(
-                f"fastattn: window is {window!r}; each side counts keys and must be at least 0: pass None for a side"
-                " without limit."
-            )
-    left, right = window
-    return _UNLIMITED if left is None else left, _UNLIMITED if right is None else right

@@ -21,14 +21,17 @@ _MARKS: dict[str, type[Exception]] = {
     "fastattn[OutOfMemoryError]: ": torch.OutOfMemoryError,
 }
 
+# The arguments for which None does not stand for "not given".
+_REQUIRED = ("q", "k", "v", "w", "dropout_p", "temperature")
+
 
 def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) -> Exception:
     """The exception to raise in place of ``error``, which an operator raised for these arguments.
 
     Args:
         error: What came out of the operator.
-        tensors: The tensor arguments by name, q first. None stands for one that was not passed.
-        numbers: The arguments that must be real numbers, by name; all but dropout_p may be None.
+        tensors: The tensor arguments by name, q first. None stands for one that was not passed, where that is allowed.
+        numbers: The arguments that must be real numbers, by name.
 
     Returns:
         An exception whose text starts with "fastattn: ", or ``error`` itself when nothing is known of it.
@@ -45,7 +48,7 @@ def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) 
 
 def _wrong_kind(tensors: dict[str, Any]) -> Exception | None:
     for name, value in tensors.items():
-        if value is None and name not in ("q", "k", "v"):
+        if value is None and name not in _REQUIRED:
             continue
         if not isinstance(value, Tensor):
             return TypeError(f"fastattn: {name} is a {type(value).__name__}; it must be a torch.Tensor.")
@@ -68,7 +71,7 @@ def _wrong_kind(tensors: dict[str, Any]) -> Exception | None:
 
 def _wrong_number(numbers: dict[str, Any]) -> Exception | None:
     for name, value in numbers.items():
-        if value is None and name != "dropout_p":
+        if value is None and name not in _REQUIRED:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             return TypeError(f"fastattn: {name} is a {type(value).__name__}; it must be a float.")

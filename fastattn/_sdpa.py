@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
 from fastattn import _cuda, _errors, _ops
-from fastattn._attention import _autocast
+from fastattn._arguments import autocast
 
 __all__ = [
     "SdpaCalls",
@@ -98,7 +98,7 @@ def scaled_dot_product_attention(
     """
     try:
         if torch._C._is_any_autocast_enabled():
-            query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+            query, key, value, attn_mask = autocast(query, key, value, attn_mask)
         q, k, v = query.shape, key.shape, value.shape
         if not (
             len(q) == len(k) == len(v) == 4

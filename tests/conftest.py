@@ -17,6 +17,10 @@ import torch.nn.functional as F
 import fastattn
 from fastattn import _cuda
 
+# Processes of pytest-xdist share the cores. Two threads each, all the same: a kernel on one has fewer ways to go wrong.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(min(torch.get_num_threads(), max(2, torch.get_num_threads() // workers)))
+
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 

@@ -1,8 +1,8 @@
 """The torch-free engine through its test module, _fastattn_core: mask geometry, Philox, every kernel on NumPy arrays.
 
 Nothing here imports torch or fastattn. What attention is, and what its gradients are, is written out once more, as
-matrix formulas in NumPy. The kernels below float64 are also tested in csrc/testing/attention_test.cpp, on many more
-shapes.
+matrix formulas in NumPy. The kernels below float64 are also tested in csrc/testing/attention_test.cpp and
+additive_test.cpp, on many more shapes.
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ class Case:
     sinks: bool = False
     kv_lengths: tuple[int, ...] | None = None
     dropout_p: float = 0.0
+    w: str | None = None  # additive scores: "h" | "shared"
     d_lse: bool = True
 
     @property
@@ -201,6 +202,7 @@ class Case:
                 fields.append(name if value is True else f"{name}{shown}")
         fields += [f"lengths{'_'.join(map(str, self.kv_lengths))}"] if self.kv_lengths else []
         fields += [f"dropout{self.dropout_p}"] if self.dropout_p else []
+        fields += [f"w_{self.w}"] if self.w else []
         return "-".join(fields)
 
 
@@ -224,6 +226,12 @@ CASES = [
     Case(10, 11, kv_lengths=(0, 4), window=(3, 3)),
     Case(10, 70, dropout_p=0.3, group=2),
     Case(4, 5, dropout_p=1.0),
+    Case(5, 7, w="h"),
+    Case(33, 70, D=20, Dv=9, group=3, causal="bottom_right", w="shared"),
+    Case(1, 11, D=33, group=2, kv_lengths=(0, 4), w="h"),
+    Case(70, 70, D=5, mask=(1, 0, 1, 1), causal="top_left", dropout_p=0.2, w="shared"),
+    Case(4, 4, B=0, w="h"),
+    Case(3, 0, w="shared"),
     Case(10, 11, bias=(1, 1, 1, 1), bias_hides=True, sinks=True),
     Case(70, 70, group=2, mask=(1, 0, 1, 1), causal="bottom_right"),
     *(Case(7, 9, group=2, bias=full) for full in itertools.product((0, 1), repeat=4)),  # type: ignore[arg-type]
@@ -286,6 +294,8 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         kwargs["kv_lengths"] = np.array(case.kv_lengths, np.int32)
     if case.dropout_p:
         kwargs.update(dropout_p=case.dropout_p, seed=SEED, offset=OFFSET)
+    if case.w is not None:
+        kwargs["w"] = random.normal(size=(case.Hq, case.D) if case.w == "h" else case.D)
     return Problem(
         q=random.normal(size=(case.B, case.Hq, case.Lq, case.D)),
         k=random.normal(size=(case.B, case.Hkv, case.Lk, case.D)),
@@ -310,6 +320,10 @@ def matrix_attention(
     k_full, v_full = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scale = case.scale if case.scale is not None else 1.0 / np.sqrt(case.D)
     x = scale * np.einsum("bhid,bhjd->bhij", q, k_full)
+    if "w" in kw:
+        w = np.broadcast_to(kw["w"], (Hq, case.D))
+        tanh_of_sum = np.tanh(q[:, :, :, None] + k_full[:, :, None])
+        x = np.einsum("bhijd,hd->bhij", tanh_of_sum, w)
     t = np.tanh(x / case.softcap) if case.softcap else np.zeros_like(x)
     s = case.softcap * t if case.softcap else x
     lengths = kw.get("kv_lengths", np.full(B, Lk))
@@ -357,6 +371,12 @@ def matrix_attention(
         "dk": np.einsum("bhij,bhid->bhjd", dx, q).reshape(B, case.Hkv, group, Lk, case.D).sum(axis=2),
         "dv": np.einsum("bhij,bhid->bhjd", z * p, d_o).reshape(B, case.Hkv, group, Lk, case.Dv).sum(axis=2),
     }
+    if "w" in kw:
+        dx = ds * (1.0 - t * t)
+        dy = dx[..., None] * w[:, None, None] * (1.0 - tanh_of_sum**2)
+        results["dq"] = dy.sum(axis=3)
+        results["dk"] = dy.sum(axis=2).reshape(B, case.Hkv, group, Lk, case.D).sum(axis=2)
+        results["dw"] = np.einsum("bhij,bhijd->" + ("hd" if case.w == "h" else "d"), dx, tanh_of_sum)
     if "bias" in kw:
         results["d_bias"] = sum_to(ds, kw["bias"].shape)
     if "sinks" in kw:
@@ -424,7 +444,7 @@ def test_the_matrix_gradients_are_derivatives(case: Case) -> None:
         return total
 
     random, step = np.random.default_rng(1), 1e-5
-    for varied in ["q", "k", "v", *({"bias", "sinks"} & problem.kwargs.keys())]:
+    for varied in ["q", "k", "v", *({"bias", "sinks", "w"} & problem.kwargs.keys())]:
         gradient = results["d_" + varied if varied in ("bias", "sinks") else "d" + varied]
         direction = random.normal(size=gradient.shape)
         still = {name: np.zeros(1) for name in ("q", "k", "v")}
@@ -473,9 +493,11 @@ def rounded_problem(case: Case, dtype: str) -> tuple[Problem, dict[str, Array]]:
         kwargs["bias"] = bias.astype(np.float32) if case.bias_hides else narrow(bias, dtype)
     for name in {"alibi_slopes", "sinks"} & kwargs.keys():
         kwargs[name] = kwargs[name].astype(np.float32)
+    if "w" in kwargs:
+        kwargs["w"] = narrow(kwargs["w"], dtype)
     q, k, v, d_o = (narrow(x, dtype) for x in (wide.q, wide.k, wide.v, wide.d_o))
     d_lse = None if wide.d_lse is None else wide.d_lse.astype(np.float32)
-    exact = {name: widen(x) if name in ("bias", "alibi_slopes", "sinks") else x for name, x in kwargs.items()}
+    exact = {name: widen(x) if name in ("bias", "alibi_slopes", "sinks", "w") else x for name, x in kwargs.items()}
     expected = matrix_attention(case, widen(q), widen(k), widen(v), widen(d_o), d_lse, exact)
     return Problem(q, k, v, d_o, d_lse, kwargs), expected
 

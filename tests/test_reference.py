@@ -52,7 +52,7 @@ def test_agrees_with_sdpa_math(Lq: int, Lk: int, D: int, Dv: int, kind: str) -> 
 def by_loops(
     q, k, v, *, causal, window, scale, softcap, bias, mask, alibi_slopes, sinks, kv_lengths, dropout_p, dropout_keep
 ):  # type: ignore[no-untyped-def]
-    """The definition at the head of fastattn/reference.py, on Python floats."""
+    """The definition at the head of fastattn/reference/_attention.py, on Python floats."""
     B, Hq, Lq, D = q.shape
     Lk, G = k.shape[2], Hq // k.shape[1]
     full = (B, Hq, Lq, Lk)

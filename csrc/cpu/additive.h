@@ -1,19 +1,22 @@
-// Additive scores (Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
-// appendix A.1.2), and what flows back through them:
+// Additive scores (Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate",
+// 2015, appendix A.1.2), and what flows back through them:
 //
-//   s_ij  = sum_d w_d t_ijd       t = tanh(q_id + k_jd)
+//   s_ij  = sum_d w_d t_ijd                t = tanh(q_id + k_jd)
 //   dq_id = w_d sum_j dS_ij (1 - t^2)      dk_jd = w_d sum_i dS_ij (1 - t^2)      dw_d = sum_ij dS_ij t_ijd
 //
-// With E_q = e^(2q), E_k = e^(2k), computed once for each element, and u = 1 / (1 + E_q E_k):
+// A tanh for each (i, j, d) would cost some twenty operations. Instead one function of each q_id and each k_jd is
+// computed once, and t from the two by one of three formulas, chosen tile by tile:
 //
-//   t = 1 - 2 u        s = sum_d w_d - 2 sum_d w_d u        1 - t^2 = 4 (u - u^2)
+//   kExponential   a = e^(2q), b = e^(2k)    t / 2 = 1/2 - 1 / (1 + a b)    a multiply-add, a reciprocal, a subtraction
+//   kAddition      a = tanh q, b = tanh k    t = (a + b) / (1 + a b)        one multiplication more
+//   kDirect        q and k themselves        t = tanh(q + k)
 //
-// so that each (i, j, d) takes a multiply-add, a reciprocal and a multiply-add. E must neither overflow nor be clamped where
-// it counts: q and k are limited to kFar, which changes nothing as long as one of the two is at most kNear: beyond
-// kFar - kNear = 9.5, tanh is 1 but for less than half an ulp. A tile where both go further, which no trained model has been
-// seen to have, takes its tanh one by one.
+// kExponential errs by some 4e-8 however small t is, so that small q and k need kAddition, whose error is relative to a
+// and b; but where q and k are large and opposite, a + b has lost what they differ by. Exponentials must not overflow
+// either: see kNear and kFar. What is left, tiles where both q and k hold numbers beyond kNear, is computed directly.
 //
-// Scores have lanes = query rows, as everywhere; the gradients have lanes = head dims.
+// Scores have lanes = query rows, as everywhere, or lanes = head dims where rows are few; the gradients have lanes =
+// head dims. No bfloat16 dot products: 16-bit elements are widened.
 #pragma once
 
 #include "cpu/operands.h"
@@ -22,145 +25,313 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-constexpr float kNear = 17.0f, kFar = 26.5f;  // 2 (kNear + kFar) = 87 < log(FLT_MAX)
-constexpr int64_t kAdditiveKeys = 4;          // whose gradients are held in registers at a time
+enum class TanhForm { kExponential, kAddition, kDirect };
 
-// How the scores of a tile come about.
-enum class Scoring { kDot, kAdditive, kAdditiveExact };
+// Up to here kAddition errs no more than tanh(q + k) with q + k rounded does: 1 / (1 - a^2) < 2.4 is what it makes of
+// the errors of a and b in the worst case, q = -k.
+constexpr float kAdditionLimit = 1.0f;
 
-// e^(2x) of a vector limited to kFar; raises `largest` to its magnitude (a NaN has none, and stays one).
-FASTATTN_FN Vf exponentiated(Vf x, Vf* largest) {
-  *largest = vmax(vabs(x), *largest);
-  const Vf limited = vmax(vset(-kFar), vmin(vset(kFar), x));
-  return vexp(vadd(limited, limited));
+// Exponents are limited to 2 kFar. With the other one at most 2 kNear nothing overflows, since 2 (kNear + kFar) = 87 <
+// log(FLT_MAX); and nothing changes, since where the limit is felt |q + k| > kFar - kNear = 17.5, and 1 - |t| < 2e-15.
+constexpr float kNear = 13.0f, kFar = 30.5f;
+
+// The form that suits a tile, given the largest magnitudes in q and in k.
+FASTATTN_FN TanhForm tanh_form(float largest_q, float largest_k) {
+  if (largest_q <= kAdditionLimit && largest_k <= kAdditionLimit) return TanhForm::kAddition;
+  return largest_q <= kNear || largest_k <= kNear ? TanhForm::kExponential : TanhForm::kDirect;
 }
 
-// In place; rows of whole vectors. Returns whether any number is beyond kNear.
-inline bool exponentiate_rows(float* rows, int64_t numbers) {
-  Vf largest = vzero();
-  for (int64_t c = 0; c < numbers; c += kLanes) vstore(rows + c, exponentiated(vload(rows + c), &largest));
-  return vreduce_max(largest) > kNear;
+// One of the two operands, of a number x.
+template <TanhForm kForm>
+FASTATTN_FN Vf tanh_operand(Vf x) {
+  if constexpr (kForm == TanhForm::kDirect) return x;
+  if constexpr (kForm == TanhForm::kAddition) return vtanh(x);
+  const Vf limited = vmax(vset(-kFar), vmin(vset(kFar), x));  // in this order they keep a NaN
+  return vexp_precise(vadd(limited, limited));
 }
 
-// The same of a transposed block of rows (pack.h).
-inline bool exponentiate_panels(float* panels, int64_t rows, int64_t columns, int64_t panel_columns) {
-  Vf largest = vzero();
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    float* at = panels + panel_offset(r, panel_columns);
-    for (int64_t d = 0; d < columns; ++d, at += kPanelRows) vstore(at, exponentiated(vload(at), &largest));
-  }
-  return vreduce_max(largest) > kNear;
+// What stands for 1 in the results of tanh_of_sum.
+template <TanhForm kForm>
+constexpr float kOne = kForm == TanhForm::kExponential ? 0.5f : 1.0f;
+
+// tanh(q + k) times kOne, from the operands.
+template <TanhForm kForm, bool kRefined>
+FASTATTN_FN Vf tanh_of_sum(Vf a, Vf b) {
+  if constexpr (kForm == TanhForm::kDirect) return vtanh(vadd(a, b));
+  const Vf inverse = vreciprocal<kRefined>(vfma(a, b, vset(1.0f)));
+  return kForm == TanhForm::kAddition ? vmul(vadd(a, b), inverse) : vsub(vset(0.5f), inverse);
 }
 
-// kExact: x and y are q and k themselves.
-template <bool kRefined, bool kExact>
-FASTATTN_FN Vf additive_u(Vf x, Vf y) {
-  if constexpr (kExact) return vmul(vset(0.5f), vsub(vset(1.0f), vtanh(vadd(x, y))));
-  return vreciprocal<kRefined>(vfma(x, y, vset(1.0f)));
-}
-
-// Scores of nk keys and NV vectors of rows. qt: the rows' panel, [d][kPanelRows]; k: [key][k_stride]; w has zeros
-// up to a whole vector.
-template <int NV, bool kRefined, bool kExact>
-inline void additive_scores_as(const float* qt, const float* k, int64_t k_stride, const float* w, int64_t D, int64_t nk,
-                            float* s, int64_t s_stride) {
-  constexpr int kKeys = 2;
-  Vf sum_w = vzero();
-  for (int64_t d = 0; d < D; d += kLanes) sum_w = vadd(sum_w, vload(w + d));
-  sum_w = vset(vreduce_add(sum_w));
-  for (int64_t c = 0; c < nk; c += kKeys) {
-    const float* keys[kKeys];
-    for (int n = 0; n < kKeys; ++n) keys[n] = k + min_i64(c + n, nk - 1) * k_stride;
-    Vf sum[kKeys][NV];
-    for (int n = 0; n < kKeys; ++n) {
-      for (int i = 0; i < NV; ++i) sum[n][i] = vzero();
-    }
-    for (int64_t d = 0; d < D; ++d) {
-      const Vf wd = vset(w[d]);
-#pragma GCC unroll 4
-      for (int i = 0; i < NV; ++i) {
-        const Vf x = vload(qt + d * kPanelRows + i * kLanes);
-#pragma GCC unroll 2
-        for (int n = 0; n < kKeys; ++n) sum[n][i] = vfma(wd, additive_u<kRefined, kExact>(x, vset(keys[n][d])), sum[n][i]);
-      }
-    }
-    for (int n = 0; n < kKeys && c + n < nk; ++n) {
-      for (int i = 0; i < NV; ++i) vstore(s + (c + n) * s_stride + i * kLanes, vfma(vset(-2.0f), sum[n][i], sum_w));
-    }
-  }
-}
+// Bfloat16 does with reciprocals of 14 bits. Float16 does not: their errors are alike for all large q + k, so that in a
+// sum over the head dims they add up.
+template <class Operands>
+constexpr bool kRefinedFor = Operands::Element::kBits > 8;
 
 template <class Operands>
-constexpr bool kRefinedFor = sizeof(typename Operands::Raw) == sizeof(float);
-
-template <int NV, class Operands>
-inline void additive_scores(Scoring scoring, const float* qt, Operand k, const float* w, int64_t D, int64_t nk, float* s,
-                            int64_t s_stride) {
-  if constexpr (!Operands::kPairs) {
-    const float* keys = reinterpret_cast<const float*>(k.data);
-    const int64_t stride = k.stride_bytes / 4;
-    if (scoring == Scoring::kAdditive) {
-      additive_scores_as<NV, kRefinedFor<Operands>, false>(qt, keys, stride, w, D, nk, s, s_stride);
-    } else {
-      additive_scores_as<NV, kRefinedFor<Operands>, true>(qt, keys, stride, w, D, nk, s, s_stride);
-    }
-  }
+FASTATTN_FN bool is_additive(const AttentionParams& p) {
+  return !Operands::kPairs && p.w != nullptr;
 }
 
-// Rows of k (or q) as [row][padded D] numbers, up to a multiple of kAdditiveKeys.
+// Keys whose gradients are held in registers at a time.
+constexpr int64_t kAdditiveKeys = 4;
+
+// Up to this many rows lanes = head dims take fewer operations than lanes = rows, most of which would be empty.
+constexpr int64_t kFewRows = kLanes / 2;
+
+// A block of rows of q or k as operands of tanh_of_sum, in the form that was wanted last.
 template <class Operands>
-inline Operand additive_rows(const typename Operands::Raw* from, int64_t stride, int64_t rows, int64_t D, float* to) {
-  const int64_t width = Operands::padded(D);
-  widen_rows<typename Operands::Element>(to, width, from, stride, rows, D, round_up(rows, kAdditiveKeys), width);
-  return {reinterpret_cast<const char*>(to), width * 4};
+struct TanhRows {
+  using Raw = typename Operands::Raw;
+  const Raw* from = nullptr;  // the caller's rows
+  int64_t stride = 0, count = 0, D = 0;
+  float* panels = nullptr;  // the rows transposed, by panels (pack.h); null: not wanted
+  float* rows = nullptr;    // [count, up to a multiple of kAdditiveKeys][padded D], zeros added; null: not wanted
+  float largest = 0.0f;     // magnitude; a NaN has none
+  TanhForm form = TanhForm::kDirect;
+
+  inline void load() {
+    const int64_t width = Operands::padded(D);
+    if (panels != nullptr) Operands::transposed(panels, from, stride, count, D, 1.0f);
+    if (rows != nullptr) {
+      widen_rows<typename Operands::Element>(rows, width, from, stride, count, D, round_up(count, kAdditiveKeys),
+                                             width);
+    }
+    Vf magnitude = vzero();
+    for_each_vector([&](float* at) {
+      const Vf x = vload(at);
+      magnitude = vmax(vabs(x), magnitude);
+      // Every NaN becomes the one that vexp keeps: it adds a NaN's last bits to the exponent.
+      vstore(at, vselect(vequal(x, x), x, vset(__builtin_nanf(""))));
+    });
+    largest = vreduce_max(magnitude);
+    form = TanhForm::kDirect;
+  }
+
+  inline void take_form(TanhForm wanted) {
+    if (form == wanted) return;
+    if (form != TanhForm::kDirect) load();
+    if (wanted == TanhForm::kExponential) convert<TanhForm::kExponential>();
+    if (wanted == TanhForm::kAddition) convert<TanhForm::kAddition>();
+  }
+
+  inline Operand operand() const {
+    return {reinterpret_cast<const char*>(rows), Operands::padded(D) * static_cast<int64_t>(sizeof(float))};
+  }
+
+ private:
+  template <TanhForm kForm>
+  inline void convert() {
+    for_each_vector([](float* at) { vstore(at, tanh_operand<kForm>(vload(at))); });
+    form = kForm;
+  }
+
+  // Calls body with the address of every vector that load() has filled.
+  template <class Body>
+  inline void for_each_vector(const Body& body) const {
+    for (int64_t r = 0; panels != nullptr && r < count; r += kLanes) {
+      float* at = panels + panel_offset(r, Operands::transposed_columns(D));
+      for (int64_t d = 0; d < D; ++d) body(at + d * kPanelRows);
+    }
+    const int64_t numbers = rows != nullptr ? round_up(count, kAdditiveKeys) * Operands::padded(D) : 0;
+    for (int64_t at = 0; at < numbers; at += kLanes) body(rows + at);
+  }
+};
+
+// Brings the two sides of a tile to the form that suits both.
+template <class Operands>
+inline void take_common_form(TanhRows<Operands>& queries, TanhRows<Operands>& keys) {
+  const TanhForm form = tanh_form(queries.largest, keys.largest);
+  queries.take_form(form);
+  keys.take_form(form);
 }
 
+// The rows of q of a block, for scores alone, in one piece of memory of transposed_columns(D) * kBlockRows floats.
+template <class Operands>
+inline TanhRows<Operands> score_rows(const typename Operands::Raw* from, int64_t stride, int64_t count, int64_t D,
+                                     float* memory) {
+  TanhRows<Operands> q{from, stride, count, D};
+  (count <= kFewRows ? q.rows : q.panels) = memory;
+  q.load();
+  return q;
+}
+
+// A block of keys.
+template <class Operands>
+inline TanhRows<Operands> key_rows(const typename Operands::Raw* from, int64_t stride, int64_t count, int64_t D,
+                                   float* memory) {
+  TanhRows<Operands> k{from, stride, count, D, nullptr, memory};
+  k.load();
+  return k;
+}
+
+// w of a head, with zeros up to whole vectors.
 template <class Operands>
 inline void load_w(const AttentionParams& p, int64_t hq, float* to) {
   using Raw = typename Operands::Raw;
   const int64_t width = Operands::padded(p.D);
-  widen_rows<typename Operands::Element>(to, width, static_cast<const Raw*>(p.w) + hq * p.w_stride, 0, 1, p.D, 1, width);
+  widen_rows<typename Operands::Element>(to, width, static_cast<const Raw*>(p.w) + hq * p.w_stride, 0, 1, p.D, 1,
+                                         width);
 }
 
-// Adds what flows back through a tile's scores, ds [key][kBlockRows]: to dq [rows][dq_stride], dk [keys][dk_stride] and dw.
-// q and k are [.][width] rows, k's up to a multiple of kAdditiveKeys; ds is 0 for the keys past nk.
-template <bool kRefined, bool kExact, class RowsOf>
-inline void additive_gradients(const float* q, const float* k, int64_t width, const float* w, const float* ds, int64_t nk,
-                               const RowsOf& rows_of, float* dq, int64_t dq_stride, float* dk, int64_t dk_stride,
-                               float* dw) {
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const Vf slope = vmul(vset(4.0f), vload(w + d));
-    Vf dw_sum = vzero();
-    for (int64_t c = 0; c < nk; c += kAdditiveKeys) {
-      Vf key[kAdditiveKeys], dk_sum[kAdditiveKeys];
-      for (int n = 0; n < kAdditiveKeys; ++n) {
-        key[n] = vload(k + (c + n) * width + d);
-        dk_sum[n] = vzero();
+// Scores of nk keys, k [key][width], and NV vectors of rows, q [d][kPanelRows], to s [key][s_stride].
+template <int NV, TanhForm kForm, bool kRefined>
+inline void score_panel(const float* q, const float* k, int64_t width, const float* w, int64_t D, int64_t nk, float* s,
+                        int64_t s_stride) {
+  constexpr int kKeys = 2;
+  // Terms are summed by so many first: the rounding of a sum grows with the terms that it has.
+  constexpr int64_t kTerms = 32;
+  for (int64_t c = 0; c < nk; c += kKeys) {
+    const float* keys[kKeys];
+    Vf sum[kKeys][NV];
+    for (int n = 0; n < kKeys; ++n) {
+      keys[n] = k + min_i64(c + n, nk - 1) * width;
+      for (int i = 0; i < NV; ++i) sum[n][i] = vzero();
+    }
+    for (int64_t d0 = 0; d0 < D; d0 += kTerms) {
+      Vf part[kKeys][NV];
+      for (int n = 0; n < kKeys; ++n) {
+        for (int i = 0; i < NV; ++i) part[n][i] = vzero();
       }
-      const TileSpan rows = rows_of(c, min_i64(kAdditiveKeys, nk - c));
-      for (int64_t r = rows.begin; r < rows.end; ++r) {
-        const Vf row = vload(q + r * width + d);
-        const float* gradient = ds + c * kBlockRows + r;
-        Vf dq_sum = vzero();
+      for (int64_t d = d0; d < min_i64(D, d0 + kTerms); ++d) {
+        const Vf weight = vset(w[d]);
 #pragma GCC unroll 4
-        for (int n = 0; n < kAdditiveKeys; ++n) {
-          // -t / 2: about 0, so that sums of it do not cancel.
-          const Vf t = vsub(additive_u<kRefined, kExact>(row, key[n]), vset(0.5f));
-          const Vf g = vset(gradient[n * kBlockRows]);
-          const Vf x = vnegative_fma(t, t, vset(0.25f));
-          dq_sum = vfma(g, x, dq_sum);
-          dk_sum[n] = vfma(g, x, dk_sum[n]);
-          dw_sum = vfma(g, t, dw_sum);
+        for (int i = 0; i < NV; ++i) {
+          const Vf row = vload(q + d * kPanelRows + i * kLanes);
+#pragma GCC unroll 2
+          for (int n = 0; n < kKeys; ++n) {
+            part[n][i] = vfma(weight, tanh_of_sum<kForm, kRefined>(row, vset(keys[n][d])), part[n][i]);
+          }
         }
-        float* to = dq + r * dq_stride + d;
-        vstore(to, vfma(slope, dq_sum, vload(to)));
       }
-      for (int n = 0; n < kAdditiveKeys && c + n < nk; ++n) {
-        float* to = dk + (c + n) * dk_stride + d;
-        vstore(to, vfma(slope, dk_sum[n], vload(to)));
+      for (int n = 0; n < kKeys; ++n) {
+        for (int i = 0; i < NV; ++i) sum[n][i] = vadd(sum[n][i], part[n][i]);
       }
     }
-    vstore(dw + d, vfma(vset(-2.0f), dw_sum, vload(dw + d)));
+    for (int n = 0; n < kKeys && c + n < nk; ++n) {
+      for (int i = 0; i < NV; ++i) {
+        vstore(s + (c + n) * s_stride + i * kLanes, vmul(vset(1.0f / kOne<kForm>), sum[n][i]));
+      }
+    }
+  }
+}
+
+// The same with lanes = head dims, for the first vector of rows, of which there are `rows`: q [row][width].
+template <TanhForm kForm, bool kRefined>
+inline void score_rows_one_by_one(const float* q, int64_t rows, const float* k, int64_t width, const float* w,
+                                  int64_t nk, float* s, int64_t s_stride) {
+  for (int64_t c = 0; c < nk; ++c) {
+    float lanes[kLanes] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      Vf sum = vzero();
+      for (int64_t d = 0; d < width; d += kLanes) {
+        const Vf t = tanh_of_sum<kForm, kRefined>(vload(q + r * width + d), vload(k + c * width + d));
+        sum = vfma(vload(w + d), t, sum);
+      }
+      lanes[r] = vreduce_add(sum) * (1.0f / kOne<kForm>);
+    }
+    vstore(s + c * s_stride, vload(lanes));
+  }
+}
+
+template <int NV, TanhForm kForm, class Operands>
+inline void additive_scores_as(const TanhRows<Operands>& queries, int v0, const float* k, const float* w, int64_t nk,
+                               float* s, int64_t s_stride) {
+  constexpr bool kRefined = kRefinedFor<Operands>;
+  const int64_t D = queries.D, width = Operands::padded(D);
+  if (queries.panels != nullptr) {
+    const float* q = queries.panels + panel_offset(v0 * kLanes, Operands::transposed_columns(D));
+    return score_panel<NV, kForm, kRefined>(q, k, width, w, D, nk, s, s_stride);
+  }
+  score_rows_one_by_one<kForm, kRefined>(queries.rows, queries.count, k, width, w, nk, s, s_stride);
+}
+
+// Scores of NV vectors of rows from vector v0 on, and nk keys in the queries' form, to s [key][s_stride].
+template <int NV, class Operands>
+inline void additive_scores(const TanhRows<Operands>& queries, int v0, Operand keys, const float* w, int64_t nk,
+                            float* s, int64_t s_stride) {
+  const float* k = reinterpret_cast<const float*>(keys.data);
+  switch (queries.form) {
+    case TanhForm::kExponential:
+      return additive_scores_as<NV, TanhForm::kExponential>(queries, v0, k, w, nk, s, s_stride);
+    case TanhForm::kAddition:
+      return additive_scores_as<NV, TanhForm::kAddition>(queries, v0, k, w, nk, s, s_stride);
+    case TanhForm::kDirect:
+      return additive_scores_as<NV, TanhForm::kDirect>(queries, v0, k, w, nk, s, s_stride);
+  }
+}
+
+// What flows back through a tile's scores: ds [key][kBlockRows] are their gradients, 0 for the keys past the last one,
+// up to a multiple of kAdditiveKeys. Adds to dq [row][dq_stride], dk [key][padded D] and dw.
+struct AdditiveGradients {
+  const float* ds;
+  float* dq;
+  int64_t dq_stride;
+  float *dk, *dw;
+};
+
+// rows_of(first_key, keys): the rows that see any of these keys.
+template <TanhForm kForm, bool kRefined, class RowsOf>
+inline void add_additive_gradients_as(const float* q, int64_t rows, const float* k, int64_t nk, int64_t width,
+                                      const float* w, const AdditiveGradients& g, const RowsOf& rows_of) {
+  // The block's rows, one vector of head dims wide: contiguous, for rows of a matrix fall into few sets of the cache.
+  alignas(64) float q_lanes[kBlockRows * kLanes], dq_lanes[kBlockRows * kLanes];
+  constexpr float kOneSquared = kOne<kForm> * kOne<kForm>;
+  for (int64_t d = 0; d < width; d += kLanes) {
+    for (int64_t r = 0; r < rows; ++r) {
+      vstore(q_lanes + r * kLanes, vload(q + r * width + d));
+      vstore(dq_lanes + r * kLanes, vzero());
+    }
+    const Vf slope = vmul(vset(1.0f / kOneSquared), vload(w + d));
+    Vf dw = vzero();
+    for (int64_t c = 0; c < nk; c += kAdditiveKeys) {
+      Vf key[kAdditiveKeys], dk[kAdditiveKeys], dw_here = vzero();
+      for (int n = 0; n < kAdditiveKeys; ++n) {
+        key[n] = vload(k + (c + n) * width + d);
+        dk[n] = vzero();
+      }
+      const TileSpan span = rows_of(c, min_i64(kAdditiveKeys, nk - c));
+      for (int64_t r = span.begin; r < span.end; ++r) {
+        const Vf row = vload(q_lanes + r * kLanes);
+        const float* ds = g.ds + c * kBlockRows + r;
+        Vf dq = vzero();
+#pragma GCC unroll 4
+        for (int n = 0; n < kAdditiveKeys; ++n) {
+          const Vf t = tanh_of_sum<kForm, kRefined>(row, key[n]);
+          const Vf x = vset(ds[n * kBlockRows]);
+          const Vf derivative = vnegative_fma(t, t, vset(kOneSquared));
+          dq = vfma(x, derivative, dq);
+          dk[n] = vfma(x, derivative, dk[n]);
+          dw_here = vfma(x, t, dw_here);
+        }
+        vstore(dq_lanes + r * kLanes, vadd(vload(dq_lanes + r * kLanes), dq));
+      }
+      for (int n = 0; n < kAdditiveKeys && c + n < nk; ++n) {
+        float* to = g.dk + (c + n) * width + d;
+        vstore(to, vfma(slope, dk[n], vload(to)));
+      }
+      dw = vadd(dw, dw_here);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = g.dq + r * g.dq_stride + d;
+      vstore(to, vfma(slope, vload(dq_lanes + r * kLanes), vload(to)));
+    }
+    vstore(g.dw + d, vfma(vset(1.0f / kOne<kForm>), dw, vload(g.dw + d)));
+  }
+}
+
+template <class Operands, class RowsOf>
+inline void add_additive_gradients(const TanhRows<Operands>& queries, const TanhRows<Operands>& keys, const float* w,
+                                   const AdditiveGradients& g, const RowsOf& rows_of) {
+  constexpr bool kRefined = kRefinedFor<Operands>;
+  const float *q = queries.rows, *k = keys.rows;
+  const int64_t rows = queries.count, nk = keys.count, width = Operands::padded(keys.D);
+  switch (queries.form) {
+    case TanhForm::kExponential:
+      return add_additive_gradients_as<TanhForm::kExponential, kRefined>(q, rows, k, nk, width, w, g, rows_of);
+    case TanhForm::kAddition:
+      return add_additive_gradients_as<TanhForm::kAddition, kRefined>(q, rows, k, nk, width, w, g, rows_of);
+    case TanhForm::kDirect:
+      return add_additive_gradients_as<TanhForm::kDirect, kRefined>(q, rows, k, nk, width, w, g, rows_of);
   }
 }
 

@@ -6,6 +6,11 @@
 //   d_bias += dS                             dQ += scale * dS' K         dS' = dS * d softcap
 //   d_sinks_h = -sum_i exp(sink_h - row_max_i) / row_sum_i * delta_i     dK += scale * dS'^T Q
 //
+// and what additive scores have in place of the last two products: additive.h. Of hard attention, instead (Williams,
+// "Simple statistical gradient-following algorithms for connectionist reinforcement learning", 1992):
+//
+//   dS = d_log_prob * ((j == index) - P)        dV = the sum of dO over the rows that took a key
+//
 // (Dao et al., "FlashAttention", 2022, algorithm 4, and appendix B for delta.) Scores are computed again as in the
 // forward pass, transposed, with lanes = query rows; in the three products that follow, lanes = head dims and the
 // caller's rows are operands as they lie. A task owns a chunk of keys; it walks over blocks of kSuperRows query rows,
@@ -35,7 +40,8 @@ struct BackwardScratch {
   float* dq;           // [kSuperRows][dq_columns]
   float* row_max;      // [kSuperRows] each; 0 for rows that see nothing,
   float* inverse_sum;  // and 0
-  float* delta;
+  float* delta;        // hard attention: d_log_prob
+  uint32_t* index;     // hard attention: the row's key
   bool* is_saturated;  // [kSuperRows]: one key has all of the row's weight
   // Per chunk of keys:
   float* dk;  // [chunk keys + kRowPad][padded D]
@@ -45,10 +51,7 @@ struct BackwardScratch {
   float* v;
   float* k_rows;
   float* w;          // additive scores: [padded D],
-  float* dw;         // its gradient by one head,
-  float* qt_raw;     // and Q^T, Q and K as they are, for tiles that want them
-  float* q_raw;
-  float* k_raw;
+  float* dw;         // and its gradient by one head
   float* s;          // [keys + kRowPad][kBlockRows]: scores, then weights
   float* ds;         // dP, then dS
   uint16_t* s_half;  // bfloat16 arithmetic: weights and dS rounded, [key][row],
@@ -81,18 +84,15 @@ inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t c
   s.row_max = arena.take<float>(kSuperRows);
   s.inverse_sum = arena.take<float>(kSuperRows);
   s.delta = arena.take<float>(kSuperRows);
+  s.index = arena.take<uint32_t>(kSuperRows);
   s.is_saturated = arena.take<bool>(kSuperRows);
   s.dk = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.D));
   s.dv = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.Dv));
   s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
   s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
   s.k_rows = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
-  const bool is_additive = p.w != nullptr;
-  s.w = arena.take<float>(is_additive ? Operands::padded(p.D) : 0);
-  s.dw = arena.take<float>(is_additive ? Operands::padded(p.D) : 0);
-  s.qt_raw = arena.take<float>(is_additive ? Operands::transposed_columns(p.D) * kBlockRows : 0);
-  s.q_raw = arena.take<float>(is_additive ? Operands::copy_floats(kBlockRows, p.D) : 0);
-  s.k_raw = arena.take<float>(is_additive ? Operands::copy_floats(kMaxBlockKeys, p.D) : 0);
+  s.w = arena.take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
+  s.dw = arena.take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
   s.s = arena.take<float>(kTile);
   s.ds = arena.take<float>(kTile);
   s.s_half = arena.take<uint16_t>(Operands::kPairs ? kTile : 0);
@@ -112,14 +112,15 @@ template <class Operands>
 struct BackwardPanel {
   const AttentionParams& p;
   const BackwardScratch& scratch;
-  const ScoreModifiers* modifiers;  // null: scores are the products, times `scale`
-  float scale;                      // not yet in Q
-  Scoring scoring;
-  const float* qt;  // by panels
+  const ScoreModifiers* modifiers;    // null: scores are the products, times `scale`
+  float scale;                        // not yet in Q
+  const TanhRows<Operands>* queries;  // additive scores; null: dot products
   Operand k, v;
   int64_t first_key, nk;  // of the tile's keys, those to compute; k and v start at first_key
   int64_t block;          // of the super-block's rows
   bool wants_d_bias;
+  bool is_hard;      // no dP: d_ot and v are not there
+  int64_t tile_key;  // the tile's first
 
   template <int NV>
   inline void run(int v0) const {
@@ -128,19 +129,20 @@ struct BackwardPanel {
     const int64_t lane0 = v0 * kLanes;
     const int64_t first = first_key * kBlockRows + lane0;
     const int64_t rows = max_i64(nk, row_major_rows(NV));
-    const float* q_panel = qt + panel_offset(lane0, Operands::transposed_columns(p.D));
+    const float* qt = scratch.qt[block] + panel_offset(lane0, Operands::transposed_columns(p.D));
     const float* d_ot = scratch.d_ot[block] + panel_offset(lane0, Operands::transposed_columns(p.Dv));
-    if (scoring == Scoring::kDot) {
-      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows, reinterpret_cast<const char*>(q_panel), kRow,
+    if (Operands::kPairs || queries == nullptr) {
+      gemm_row_major<Unit, NV, false>(k.data, k.stride_bytes, rows, reinterpret_cast<const char*>(qt), kRow,
                                       Operands::units(p.D), scratch.s + first, kBlockRows, nullptr);
     } else {
-      additive_scores<NV, Operands>(scoring, q_panel, k, scratch.w, p.D, nk, scratch.s + first, kBlockRows);
+      additive_scores<NV>(*queries, v0, k, scratch.w, nk, scratch.s + first, kBlockRows);
     }
     if (modifiers != nullptr) {
       Vf unused[NV];
       for (int i = 0; i < NV; ++i) unused[i] = vzero();
       modify_scores<NV>(*modifiers, scratch.s + first, kBlockRows, first_key, nk, v0, unused);
     }
+    if (is_hard) return hard_gradients<NV>(lane0);
     gemm_row_major<Unit, NV, false>(v.data, v.stride_bytes, rows, reinterpret_cast<const char*>(d_ot), kRow,
                                     Operands::units(p.Dv), scratch.ds + first, kBlockRows, nullptr);
 
@@ -172,46 +174,89 @@ struct BackwardPanel {
               gradient_at(at + h * kBlockRows, base[i], shift[i], inverse_sum[i], delta[i], &w[h], &g[h]);
             }
           }
-          const Vi weights = vnarrow(w[0], w[1]), gradients = vnarrow(g[0], g[1]);
+          const Vi weights = vnarrow(w[0], w[1]);
           vstore_low_half(scratch.s_half + at, weights);
           vstore_high_half(scratch.s_half + at + kBlockRows, weights);
-          vstore_low_half(scratch.ds_half + at, gradients);
-          vstore_high_half(scratch.ds_half + at + kBlockRows, gradients);
-          vistore(scratch.ds_pairs + c / 2 * kBlockRows + lane0 + i * kLanes, vinterleave_halves(gradients));
+          store_gradients(c, lane0 + i * kLanes, g[0], g[1]);
         }
 #endif
       }
     }
   }
 
+  // One vector of hard attention: scale * dS.
+  inline __attribute__((always_inline)) Vf hard_gradient(int64_t c, int64_t lane, Vf base, Vf inverse_sum, Vf d_score,
+                                                         Vi index) const {
+    const Vf x = vmul(vload(scratch.s + c * kBlockRows + lane), vset(modifiers != nullptr ? 1.0f : scale));
+    const Vf weight = vmul(vexp(vsub(x, base)), inverse_sum);
+    const Vm is_taken = viequal(index, viset(static_cast<uint32_t>(tile_key + c)));
+    return vmul(d_score, vsub(vselect(is_taken, vset(1.0f), vzero()), weight));
+  }
+
+  // scale * dS of hard attention, which needs no dP.
+  template <int NV>
+  inline void hard_gradients(int64_t lane0) const {
+    Vf base[NV], inverse_sum[NV], d_score[NV];
+    Vi index[NV];
+    for (int i = 0; i < NV; ++i) {
+      const int64_t row = block * kBlockRows + lane0 + i * kLanes;
+      base[i] = vload(scratch.row_max + row);
+      inverse_sum[i] = vload(scratch.inverse_sum + row);
+      d_score[i] = vmul(vload(scratch.delta + row), vset(static_cast<float>(p.scale)));
+      index[i] = viload(scratch.index + row);
+    }
+    const int64_t end = first_key + nk;
+    for (int64_t c = first_key; c < end; c += Operands::kPairs ? 2 : 1) {
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) {
+        const int64_t lane = lane0 + i * kLanes;
+        const Vf gradient = hard_gradient(c, lane, base[i], inverse_sum[i], d_score[i], index[i]);
+        if constexpr (!Operands::kPairs) vstore(scratch.ds + c * kBlockRows + lane, gradient);
+#if FASTATTN_BF16_DOT
+        if constexpr (Operands::kPairs) {
+          const bool has_next = c + 1 < end;
+          store_gradients(
+              c, lane, gradient,
+              has_next ? hard_gradient(c + 1, lane, base[i], inverse_sum[i], d_score[i], index[i]) : vzero());
+        }
+#endif
+      }
+    }
+  }
+
+#if FASTATTN_BF16_DOT
+  // dS of keys c and c + 1, rounded, in the layouts of both products that follow.
+  inline __attribute__((always_inline)) void store_gradients(int64_t c, int64_t lane, Vf low, Vf high) const {
+    const Vi gradients = vnarrow(low, high);
+    vstore_low_half(scratch.ds_half + c * kBlockRows + lane, gradients);
+    vstore_high_half(scratch.ds_half + (c + 1) * kBlockRows + lane, gradients);
+    vistore(scratch.ds_pairs + c / 2 * kBlockRows + lane, vinterleave_halves(gradients));
+  }
+#endif
+
   // One vector: the weight that multiplies dO, and scale * dS'.
-  FASTATTN_FN void gradient(const BackwardPanel& self, int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
-                            Vf* weight, Vf* gradient) {
-    const BackwardScratch& scratch = self.scratch;
+  inline __attribute__((always_inline)) void gradient_at(int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
+                                                         Vf* weight, Vf* gradient) const {
     const Vf x = vload(scratch.s + at);
     // Modified scores may be large and equal (a finite mask): subtract first. Plain bfloat16 products may be scaled
     // and shifted in one operation, at an error far below bfloat16's.
-    const bool one_step = Operands::kPairs && self.modifiers == nullptr;
-    const Vf t = one_step ? vfma(x, vset(self.scale * kLog2e), shift) : vmul(vsub(x, base), vset(kLog2e));
+    const bool one_step = Operands::kPairs && modifiers == nullptr;
+    const Vf t = one_step ? vfma(x, vset(scale * kLog2e), shift) : vmul(vsub(x, base), vset(kLog2e));
     const Vf w = vmul(vexp2<Operands::kExp2Degree>(t), inverse_sum);
     Vf dw = vload(scratch.ds + at);
     *weight = w;
-    if (self.p.dropout_p > 0.0) {
+    if (p.dropout_p > 0.0) {
       const Vf z = vload(scratch.dropout + at);
       *weight = vmul(w, z);
       dw = vmul(dw, z);
     }
     Vf g = vmul(w, vsub(dw, delta));
-    if (self.wants_d_bias) vstore(scratch.d_bias + at, g);
-    if (self.p.softcap != 0.0) {
+    if (wants_d_bias) vstore(scratch.d_bias + at, g);
+    if (p.softcap != 0.0) {
       const Vf tanh = vload(scratch.tanh + at);
       g = vmul(g, vsub(vset(1.0f), vmul(tanh, tanh)));
     }
-    *gradient = vmul(g, vset(static_cast<float>(self.p.scale)));
-  }
-  inline __attribute__((always_inline)) void gradient_at(int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
-                                                         Vf* weight, Vf* g) const {
-    gradient(*this, at, base, shift, inverse_sum, delta, weight, g);
+    *gradient = vmul(g, vset(product_scale(p)));
   }
 };
 
@@ -317,6 +362,42 @@ inline void clear_saturated_rows(float* d_ot, const bool* is_saturated, int64_t 
   }
 }
 
+// Row statistics for hard attention, whose dS takes d_log_prob and the index of each row.
+inline void prepare_hard_statistics(const HardAttentionGradParams& hp, int64_t b, int64_t hq, int64_t i0, int64_t i1,
+                                    const BackwardScratch& scratch) {
+  const AttentionParams& p = hp.forward;
+  const int64_t first = (b * p.Hq + hq) * p.Lq;
+  for (int64_t at = 0; at < round_up(i1 - i0, kBlockRows); ++at) {
+    const int64_t row = first + i0 + at;
+    const float l = i0 + at < i1 ? static_cast<const float*>(p.row_sum)[row] : 0.0f;
+    const bool is_empty = l == 0.0f;
+    scratch.row_max[at] = is_empty ? 0.0f : static_cast<const float*>(p.row_max)[row];
+    scratch.inverse_sum[at] = is_empty ? 0.0f : 1.0f / l;
+    scratch.delta[at] = is_empty ? 0.0f : static_cast<const float*>(hp.d_log_prob)[row];
+    scratch.index[at] = is_empty ? 0xFFFFFFFFu : static_cast<uint32_t>(hp.index[row]);
+  }
+}
+
+// dV of hard attention for the keys [j0, j1) of a key head: adds dO of each row to the key that it took, in the order
+// of the rows. dv: [keys][dv_stride], cleared.
+template <class Operands>
+inline void scatter_d_o(const HardAttentionGradParams& hp, int64_t b, int64_t hkv, int64_t j0, int64_t j1, float* dv,
+                        int64_t dv_stride) {
+  using Element = typename Operands::Element;
+  const AttentionParams& p = hp.forward;
+  const int64_t group = p.Hq / p.Hkv;
+  for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
+    const int64_t* index = hp.index + (b * p.Hq + hq) * p.Lq;
+    for (int64_t i = 0; i < p.Lq; ++i) {
+      if (index[i] < j0 || index[i] >= j1) continue;
+      const auto* d_o = row_at<const typename Operands::Raw>(hp.d_o, hp.d_o_stride, b, hq, i);
+      float* to = dv + (index[i] - j0) * dv_stride;
+      for (int64_t d = 0; d < p.Dv; d += kLanes)
+        vstore(to + d, vadd(vload(to + d), Element::load_first(d_o + d, p.Dv - d)));
+    }
+  }
+}
+
 // Row statistics of rows [i0, i1), by super-block position; rows up to the next multiple of kBlockRows weigh nothing.
 // Returns this stretch's part of the sink's gradient.
 template <class Operands>
@@ -378,65 +459,43 @@ inline void run_trimmed(const MaskGeometry& g, const Tile& tile, const BackwardP
     part.first_key = span.begin;
     part.nk = span.end - span.begin;
     part.k.data = panel.k.data + span.begin * panel.k.stride_bytes;
-    part.v.data = panel.v.data + span.begin * panel.v.stride_bytes;
+    if (!panel.is_hard) part.v.data = panel.v.data + span.begin * panel.v.stride_bytes;
     part.template run<1>(static_cast<int>(r / kLanes));
-  }
-}
-
-// What flows back through a tile of additive scores. q: the block's rows, k: the tile's keys, as the scores had them.
-template <class Operands>
-inline void add_additive_gradients(const AttentionParams& p, Scoring scoring, const float* q, Operand k,
-                                   const MaskGeometry* trimmed_by, const Tile& tile, float* dq, float* dk,
-                                   const BackwardScratch& scratch) {
-  if constexpr (!Operands::kPairs) {
-    const auto rows_of = [&](int64_t c, int64_t n) {
-      return trimmed_by != nullptr ? visible_rows(*trimmed_by, tile, c, n) : TileSpan{0, tile.rows};
-    };
-    const int64_t width = Operands::padded(p.D);
-    const float* keys = reinterpret_cast<const float*>(k.data);
-    constexpr bool kRefined = kRefinedFor<Operands>;
-    if (scoring == Scoring::kAdditive) {
-      additive_gradients<kRefined, false>(q, keys, width, scratch.w, scratch.ds, tile.nk, rows_of, dq, dq_columns(p), dk,
-                                          width, scratch.dw);
-    } else {
-      additive_gradients<kRefined, true>(q, keys, width, scratch.w, scratch.ds, tile.nk, rows_of, dq, dq_columns(p), dk,
-                                         width, scratch.dw);
-    }
   }
 }
 
 // A super-block of rows of one head against the task's keys [j0, j1), which all exist.
 template <class Operands>
 inline void backward_super_block(const AttentionGradParams& gp, const MaskGeometry& g, int64_t b, int64_t hq,
-                                 int64_t hkv, int64_t super_i0, int64_t super_i1, int64_t j0, int64_t j1, float* dq,
-                                 const BackwardScratch& scratch) {
+                                 int64_t hkv, int64_t super_i0, int64_t super_i1, int64_t j0, int64_t j1, bool is_hard,
+                                 float* dq, const BackwardScratch& scratch) {
   using Raw = typename Operands::Raw;
   const AttentionParams& p = gp.forward;
-  const float scale = static_cast<float>(p.scale);
-  const bool is_additive = p.w != nullptr;
-  const float rest_scale = Operands::kPairs && !is_additive ? scale : 1.0f;
+  const float scale = product_scale(p);
+  const float rest_scale = Operands::kPairs ? scale : 1.0f;
   const int64_t step = key_step(p, j1 - j0);
 
   // Pack the blocks of rows that see any of these keys.
   const TileRange seen = row_range(g, j0, j1);
   Operand q_rows[kSuperBlocks], d_o_rows[kSuperBlocks];
-  bool rows_are_far[kSuperBlocks] = {};
+  TanhRows<Operands> queries[kSuperBlocks];
   for (int64_t i0 = super_i0; i0 < super_i1; i0 += kBlockRows) {
     const int64_t block = (i0 - super_i0) / kBlockRows;
     const int64_t rows = min_i64(kBlockRows, super_i1 - i0);
     if (i0 >= seen.end || i0 + rows <= seen.begin) continue;
     const Raw* q = row_at<const Raw>(p.q, p.q_stride, b, hq, i0);
-    const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i0);
-    Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, is_additive ? 1.0f : scale);
-    Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
-    clear_saturated_rows<Operands>(scratch.d_ot[block], scratch.is_saturated + block * kBlockRows, rows, p.Dv);
-    if (is_additive) {
-      rows_are_far[block] = exponentiate_panels(scratch.qt[block], rows, p.D, Operands::transposed_columns(p.D));
-      additive_rows<Operands>(q, p.q_stride[2], rows, p.D, scratch.q_rows[block]);
-      exponentiate_rows(scratch.q_rows[block], rows * Operands::padded(p.D));
+    if (is_additive<Operands>(p)) {
+      queries[block] = {
+          q, p.q_stride[2], rows, p.D, rows > kFewRows ? scratch.qt[block] : nullptr, scratch.q_rows[block]};
+      queries[block].load();
     } else {
+      Operands::transposed(scratch.qt[block], q, p.q_stride[2], rows, p.D, scale);
       q_rows[block] = Operands::vector_rows(scratch.q_rows[block], q, p.q_stride[2], rows, p.D);
     }
+    if (is_hard) continue;
+    const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i0);
+    Operands::transposed(scratch.d_ot[block], d_o, gp.d_o_stride[2], rows, p.Dv, 1.0f);
+    clear_saturated_rows<Operands>(scratch.d_ot[block], scratch.is_saturated + block * kBlockRows, rows, p.Dv);
     d_o_rows[block] = Operands::vector_rows(scratch.d_o_rows[block], d_o, gp.d_o_stride[2], rows, p.Dv);
   }
 
@@ -448,17 +507,19 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
     const int64_t end = min_i64(super_i1, rows_seen.end);
     if (begin >= end) continue;
     const Raw* k = row_at<const Raw>(p.k, p.k_stride, b, hkv, key0);
-    const Raw* v = row_at<const Raw>(p.v, p.v_stride, b, hkv, key0);
-    Operand k_broadcast{}, k_vectors{};
-    bool keys_are_far = false;
-    if (is_additive) {
-      k_broadcast = additive_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k);
-      keys_are_far = exponentiate_rows(scratch.k, round_up(nk, kAdditiveKeys) * Operands::padded(p.D));
+    Operand k_broadcast{}, k_vectors{}, v_broadcast{};
+    TanhRows<Operands> additive_keys;
+    if (is_additive<Operands>(p)) {
+      additive_keys = key_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k);
+      k_broadcast = additive_keys.operand();
     } else {
       k_broadcast = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], nk, p.D);
       k_vectors = Operands::vector_rows(scratch.k_rows, k, p.k_stride[2], nk, p.D);
     }
-    const Operand v_broadcast = Operands::broadcast_rows(scratch.v, v, p.v_stride[2], nk, p.Dv);
+    if (!is_hard) {
+      const Raw* v = row_at<const Raw>(p.v, p.v_stride, b, hkv, key0);
+      v_broadcast = Operands::broadcast_rows(scratch.v, v, p.v_stride[2], nk, p.Dv);
+    }
     for (int64_t i0 = begin; i0 < end; i0 += kBlockRows) {
       const int64_t block = (i0 - super_i0) / kBlockRows;
       const Tile tile{b, hq, i0, min_i64(kBlockRows, super_i1 - i0), key0, nk};
@@ -472,30 +533,20 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
         modifiers.tanh_tile = p.softcap != 0.0 ? scratch.tanh : nullptr;
       }
       if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
-      Scoring scoring = is_additive ? Scoring::kAdditive : Scoring::kDot;
-      const float *qt = scratch.qt[block], *q_additive = scratch.q_rows[block];
-      Operand keys = k_broadcast;
-      if (keys_are_far && rows_are_far[block]) {
-        scoring = Scoring::kAdditiveExact;
-        const Raw* q = row_at<const Raw>(p.q, p.q_stride, b, hq, i0);
-        Operands::transposed(scratch.qt_raw, q, p.q_stride[2], tile.rows, p.D, 1.0f);
-        additive_rows<Operands>(q, p.q_stride[2], tile.rows, p.D, scratch.q_raw);
-        keys = additive_rows<Operands>(k, p.k_stride[2], nk, p.D, scratch.k_raw);
-        qt = scratch.qt_raw;
-        q_additive = scratch.q_raw;
-      }
+      if (is_additive<Operands>(p)) take_common_form(queries[block], additive_keys);
       const BackwardPanel<Operands> panel{p,
                                           scratch,
                                           is_modified ? &modifiers : nullptr,
                                           rest_scale,
-                                          scoring,
-                                          qt,
-                                          keys,
+                                          is_additive<Operands>(p) ? &queries[block] : nullptr,
+                                          k_broadcast,
                                           v_broadcast,
                                           0,
                                           nk,
                                           block,
-                                          gp.d_bias != nullptr};
+                                          gp.d_bias != nullptr,
+                                          is_hard,
+                                          key0};
       const bool is_trimmed = kind == TileKind::kPartial && p.mask == nullptr;
       if (is_trimmed) {
         run_trimmed(g, tile, panel);
@@ -523,21 +574,25 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
       }
       const TileUnits<Operands, true> row_units{is_trimmed ? &g : nullptr, &tile};
       const TileUnits<Operands, false> key_units{is_trimmed ? &g : nullptr, &tile};
-      for_each_panel(vectors_of(p.Dv),
-                     AccumulateKeys<Operands>{weights, key_stride, nk, d_o_rows[block],
-                                              scratch.dv + (key0 - j0) * dv_stride, dv_stride, row_units});
-      if (is_additive) {
-        add_additive_gradients<Operands>(p, scoring, q_additive, keys, is_trimmed ? &g : nullptr, tile,
-                                         dq + block * kBlockRows * dq_columns(p), scratch.dk + (key0 - j0) * dk_stride,
-                                         scratch);
+      if (!is_hard) {
+        for_each_panel(vectors_of(p.Dv),
+                       AccumulateKeys<Operands>{weights, key_stride, nk, d_o_rows[block],
+                                                scratch.dv + (key0 - j0) * dv_stride, dv_stride, row_units});
+      }
+      float* dq_block = dq + block * kBlockRows * dq_columns(p);
+      float* dk_rows = scratch.dk + (key0 - j0) * dk_stride;
+      if (is_additive<Operands>(p)) {
+        const auto rows_of = [&](int64_t c, int64_t n) {
+          return is_trimmed ? visible_rows(g, tile, c, n) : TileSpan{0, tile.rows};
+        };
+        add_additive_gradients(queries[block], additive_keys, scratch.w,
+                               {scratch.ds, dq_block, dq_columns(p), dk_rows, scratch.dw}, rows_of);
         continue;
       }
       for_each_panel(vectors_of(p.D),
-                     AccumulateKeys<Operands>{ds_rows, key_stride, nk, q_rows[block],
-                                              scratch.dk + (key0 - j0) * dk_stride, dk_stride, row_units});
-      for_each_panel(vectors_of(p.D),
-                     AccumulateRows<Operands>{ds_columns, kBlockRows * 4, tile.rows, k_vectors,
-                                              dq + block * kBlockRows * dq_columns(p), dq_columns(p), key_units});
+                     AccumulateKeys<Operands>{ds_rows, key_stride, nk, q_rows[block], dk_rows, dk_stride, row_units});
+      for_each_panel(vectors_of(p.D), AccumulateRows<Operands>{ds_columns, kBlockRows * 4, tile.rows, k_vectors,
+                                                               dq_block, dq_columns(p), key_units});
     }
   }
 }
@@ -552,7 +607,9 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
   const int64_t group = p.Hq / p.Hkv;
   const int64_t dk_stride = Operands::padded(p.D), dv_stride = Operands::padded(p.Dv);
   const int64_t padded_Lq = round_up(p.Lq, kBlockRows);
-  if (is_small_backward(p)) {
+  const HardAttentionGradParams* hard = task.hard;
+  const bool has_score_gradient = hard == nullptr || hard->d_log_prob != nullptr;
+  if (hard == nullptr && is_small_backward(p)) {
     for (int64_t b = task.b0; b < task.b1; ++b) {
       for (int64_t hkv = task.hkv0; hkv < task.hkv1; ++hkv) {
         small_backward<Element>(gp, b, hkv, task.d_sinks_partial, scratch.dk, scratch.dv, scratch.dq);
@@ -569,7 +626,7 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
       memset(scratch.dv, 0, rows * static_cast<size_t>(dv_stride) * sizeof(float));
       for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
         float d_sink = 0.0f;
-        if (p.w != nullptr) {
+        if (is_additive<Operands>(p)) {
           load_w<Operands>(p, hq, scratch.w);
           memset(scratch.dw, 0, sizeof(float) * static_cast<size_t>(Operands::padded(p.D)));
         }
@@ -578,21 +635,29 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
           float* dq = task.dq_partial != nullptr ? task.dq_partial + ((b * p.Hq + hq) * padded_Lq + i0) * dq_columns(p)
                                                  : scratch.dq;
           memset(dq, 0, sizeof(float) * static_cast<size_t>(round_up(i1 - i0, kColumnRows) * dq_columns(p)));
-          const TileRange seen = j1 > task.j0 ? row_range(g, task.j0, j1) : TileRange{};
+          const TileRange seen = j1 > task.j0 && has_score_gradient ? row_range(g, task.j0, j1) : TileRange{};
           const bool is_seen = seen.begin < i1 && seen.end > i0;
-          if (is_seen || task.d_sinks_partial != nullptr) {
+          if (hard != nullptr) {
+            if (is_seen) prepare_hard_statistics(*hard, b, hq, i0, i1, scratch);
+          } else if (is_seen || task.d_sinks_partial != nullptr) {
             d_sink += prepare_statistics<Operands>(gp, b, hq, i0, i1, scratch);
           }
-          if (is_seen) backward_super_block<Operands>(gp, g, b, hq, hkv, i0, i1, task.j0, j1, dq, scratch);
+          if (is_seen) {
+            backward_super_block<Operands>(gp, g, b, hq, hkv, i0, i1, task.j0, j1, hard != nullptr, dq, scratch);
+          }
           if (task.dq_partial == nullptr) {
             narrow_rows<Element>(row_at<Raw>(gp.dq, gp.dq_stride, b, hq, i0), gp.dq_stride[2], dq, dq_columns(p),
                                  i1 - i0, p.D);
           }
         }
-        if (p.w != nullptr) {
-          memcpy(task.dw_partial + (b * p.Hq + hq) * dq_columns(p), scratch.dw, sizeof(float) * static_cast<size_t>(p.D));
+        if (is_additive<Operands>(p)) {
+          memcpy(task.dw_partial + (b * p.Hq + hq) * dq_columns(p), scratch.dw,
+                 sizeof(float) * static_cast<size_t>(p.D));
         }
         if (task.d_sinks_partial != nullptr) task.d_sinks_partial[b * p.Hq + hq] = d_sink;
+      }
+      if (hard != nullptr && hard->d_o != nullptr) {
+        scatter_d_o<Operands>(*hard, b, hkv, task.j0, task.j1, scratch.dv, dv_stride);
       }
       narrow_rows<Element>(row_at<Raw>(gp.dk, gp.dk_stride, b, hkv, task.j0), gp.dk_stride[2], scratch.dk, dk_stride,
                            task.j1 - task.j0, p.D);

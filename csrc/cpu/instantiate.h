@@ -3,7 +3,9 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/hard.h"
 #include "cpu/kernels.h"
+#include "cpu/summary.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
@@ -91,6 +93,81 @@ void reduce_dq(const AttentionGradParams& p, int64_t b, int64_t hq, int64_t i0, 
   with_operands(p.forward, ReduceDq{p, b, hq, i0, i1, partials, chunks, chunk_stride});
 }
 
+struct HardBytes {
+  const HardAttentionParams& p;
+  template <class Operands>
+  size_t run() const {
+    size_t bytes = 0;
+    draw_scratch<Operands>(p.attention, nullptr, &bytes);
+    return bytes;
+  }
+};
+size_t hard_scratch_bytes(const HardAttentionParams& p) { return with_operands(p.attention, HardBytes{p}); }
+
+struct HardRun {
+  const HardAttentionParams& p;
+  const ForwardItem& item;
+  char* scratch;
+  template <class Operands>
+  void run() const {
+    hard_item_as<Operands>(p, item, scratch);
+  }
+};
+void hard_item(const HardAttentionParams& p, const ForwardItem& item, void* scratch) {
+  with_operands(p.attention, HardRun{p, item, static_cast<char*>(scratch)});
+}
+
+struct SummaryBytes {
+  const SummaryParams& p;
+  template <class Operands>
+  size_t run() const {
+    size_t bytes = 0;
+    summary_scratch<Operands>(p, nullptr, &bytes);
+    return bytes;
+  }
+};
+size_t summary_scratch_bytes(const SummaryParams& p) { return with_operands(p.attention, SummaryBytes{p}); }
+
+struct SummaryRun {
+  const SummaryParams& p;
+  const ForwardItem& item;
+  char* scratch;
+  template <class Operands>
+  void run() const {
+    summary_item_as<Operands>(p, item, scratch);
+  }
+};
+void summary_item(const SummaryParams& p, const ForwardItem& item, void* scratch) {
+  with_operands(p.attention, SummaryRun{p, item, static_cast<char*>(scratch)});
+}
+
+struct KeyMassBytes {
+  const SummaryParams& p;
+  int64_t chunk_keys;
+  template <class Operands>
+  size_t run() const {
+    size_t bytes = 0;
+    key_mass_scratch<Operands>(p, chunk_keys, nullptr, &bytes);
+    return bytes;
+  }
+};
+size_t key_mass_scratch_bytes(const SummaryParams& p, int64_t chunk_keys) {
+  return with_operands(p.attention, KeyMassBytes{p, chunk_keys});
+}
+
+struct KeyMassRun {
+  const SummaryParams& p;
+  const KeyMassItem& item;
+  char* scratch;
+  template <class Operands>
+  void run() const {
+    key_mass_item_as<Operands>(p, item, scratch);
+  }
+};
+void key_mass_item(const SummaryParams& p, const KeyMassItem& item, void* scratch) {
+  with_operands(p.attention, KeyMassRun{p, item, static_cast<char*>(scratch)});
+}
+
 // Independent chains of multiply-adds, as many as the register file holds beside their operands: the peak that the
 // benchmark compares with.
 template <class Unit>
@@ -122,7 +199,9 @@ double multiply_adds(DType dtype, int64_t rounds, float* sink) {
 }  // namespace
 
 const KernelTable kernels = {
-    forward_scratch_bytes, forward_item, backward_scratch_bytes, backward_task, reduce_dq, 2 * kLanes, multiply_adds,
+    forward_scratch_bytes, forward_item, backward_scratch_bytes, backward_task, reduce_dq,
+    hard_scratch_bytes,    hard_item,    summary_scratch_bytes,  summary_item,  key_mass_scratch_bytes,
+    key_mass_item,         2 * kLanes,   multiply_adds,
 };
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -26,6 +26,13 @@ struct BackwardTask {
   float* dq_partial;  // [B, Hq, Lq padded to kBlockRows, D padded] of this chunk, or null: the task writes dq itself
   float* d_sinks_partial;  // [B, Hq], or null
   float* dw_partial;       // [B, Hq, D padded] of this chunk, or null
+  // Not null: the scores' gradient is that of hard attention, and d_o, o and d_lse are not used.
+  const HardAttentionGradParams* hard;
+};
+
+// The keys [j0, j1) of one (b, hq), whose mass over all rows is summed.
+struct KeyMassItem {
+  int64_t b, hq, j0, j1;
 };
 
 struct KernelTable {
@@ -37,6 +44,16 @@ struct KernelTable {
   // Sums `chunks` partials of rows [i0, i1) of one (b, hq), `chunk_stride` floats apart, and rounds them into dq.
   void (*reduce_dq)(const AttentionGradParams&, int64_t b, int64_t hq, int64_t i0, int64_t i1, const float* partials,
                     int64_t chunks, int64_t chunk_stride);
+
+  size_t (*hard_scratch_bytes)(const HardAttentionParams&);
+  void (*hard_item)(const HardAttentionParams&, const ForwardItem&, void* scratch);
+
+  size_t (*summary_scratch_bytes)(const SummaryParams&);
+  void (*summary_item)(const SummaryParams&, const ForwardItem&, void* scratch);
+  // After the items of all rows, whose row_max and row_sum it reads.
+  size_t (*key_mass_scratch_bytes)(const SummaryParams&, int64_t chunk_keys);
+  void (*key_mass_item)(const SummaryParams&, const KeyMassItem&, void* scratch);
+
   int64_t dq_padding;  // rows of dq partials hold a multiple of this many floats
 
   // Runs `rounds` rounds of multiply-adds in registers and returns the flop done; for dtype see measure_peak_flops.

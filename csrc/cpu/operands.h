@@ -17,6 +17,11 @@ namespace {
 // Row-major kernels read at least this many rows of A.
 constexpr int64_t kRowPad = 12;
 
+// The factor of the products q . k; additive scores have none.
+FASTATTN_FN float product_scale(const AttentionParams& p) {
+  return p.w != nullptr ? 1.0f : static_cast<float>(p.scale);
+}
+
 // An operand: rows (or pairs of rows) of 32-bit units.
 struct Operand {
   const char* data;

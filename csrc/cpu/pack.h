@@ -12,6 +12,7 @@ namespace {
 // How the elements of a tensor are read into, and written from, float lanes.
 struct Float32 {
   using Raw = float;
+  static constexpr int kBits = 24;  // of the significand
   FASTATTN_FN Vf load(const Raw* p) { return vload(p); }
   FASTATTN_FN void store(Raw* p, Vf x) { vstore(p, x); }
   FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? load(p) : vload_first(p, n); }
@@ -25,6 +26,7 @@ struct Float32 {
 };
 struct BFloat16 {
   using Raw = uint16_t;
+  static constexpr int kBits = 8;
   FASTATTN_FN Vf load(const Raw* p) { return vload_bf16(p); }
   FASTATTN_FN void store(Raw* p, Vf x) { vstore_bf16(p, x); }
   FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? load(p) : vload_bf16_first(p, n); }
@@ -32,6 +34,7 @@ struct BFloat16 {
 };
 struct Float16 {
   using Raw = uint16_t;
+  static constexpr int kBits = 11;
   FASTATTN_FN Vf load(const Raw* p) { return vload_f16(p); }
   FASTATTN_FN void store(Raw* p, Vf x) { vstore_f16(p, x); }
   FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? load(p) : vload_f16_first(p, n); }

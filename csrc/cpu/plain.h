@@ -1,4 +1,4 @@
-// The float64 path: one plain, readable algorithm with every feature, for gradcheck and as the C++ tests' oracle.
+// The float64 path: plain, readable algorithms with every feature, for gradcheck and as the C++ tests' oracle.
 #pragma once
 
 #include "core/params.h"
@@ -6,9 +6,12 @@
 
 namespace fastattn::cpu {
 
-// dtype must be kFloat64; what is read and written is that of attention_forward and attention_backward. The result does
-// not depend on the number of threads. Both throw std::bad_alloc when there is no memory for a few rows of scores.
+// dtype must be kFloat64; what is read and written is that of their namesakes in attention.h. The result does not
+// depend on the number of threads. All throw std::bad_alloc when there is no memory for a few rows of scores.
 void plain_forward_f64(const AttentionParams& params, const Parallel& parallel);
 void plain_backward_f64(const AttentionGradParams& params, const Parallel& parallel);
+void plain_hard_forward_f64(const HardAttentionParams& params, const Parallel& parallel);
+void plain_hard_backward_f64(const HardAttentionGradParams& params, const Parallel& parallel);
+void plain_summary_f64(const SummaryParams& params, const Parallel& parallel);
 
 }  // namespace fastattn::cpu

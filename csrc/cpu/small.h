@@ -22,7 +22,9 @@ namespace {
 // 8, 1.01 against 0.71 and 2.0 against 3.0.
 constexpr int64_t kSmallScores = 64;
 constexpr int64_t kSmallScoresForward = 36;
-FASTATTN_FN bool is_small_forward(const AttentionParams& p) { return p.w == nullptr && p.Lq * p.Lk <= kSmallScoresForward; }
+FASTATTN_FN bool is_small_forward(const AttentionParams& p) {
+  return p.w == nullptr && p.Lq * p.Lk <= kSmallScoresForward;
+}
 FASTATTN_FN bool is_small_backward(const AttentionParams& p) { return p.w == nullptr && p.Lq * p.Lk <= kSmallScores; }
 
 // Scores of a head, [row][key].

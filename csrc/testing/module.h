@@ -5,6 +5,9 @@
 
 namespace fastattn::testing {
 
+// Hard attention and the summary of attention weights on the CPU.
+void bind_hard(pybind11::module_& m);
+
 // The CUDA engine on the emulator, and its plans.
 void bind_cuda(pybind11::module_& m);
 

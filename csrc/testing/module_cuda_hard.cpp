@@ -1,8 +1,6 @@
 // _fastattn_core: the CUDA engine's kernels of hard attention and of the summary, on the emulator.
-#include <optional>
-#include <utility>
-
 #include "cuda/walk_plan.h"
+#include "testing/arrays_hard.h"
 #include "testing/emulation.h"
 #include "testing/module.h"
 
@@ -15,37 +13,14 @@ void check_is_served(const AttentionParams& p) {
     refuse("the CUDA kernels serve head dims up to 256.");
 }
 
-py::array filled(py::dtype dtype, std::vector<py::ssize_t> size, double value) {
-  py::array array(std::move(dtype), std::move(size));
-  array.attr("fill")(value);
-  return array;
-}
-
 py::dict hard_attention_forward(const py::array& q, const py::array& k, const py::array& v, bool is_sampled,
                                 const py::dict& settings, const py::kwargs& kwargs) {
   const Emulation emulation = Emulation::from(settings);
   Run run;
-  HardAttentionParams hard;
-  hard.is_sampled = is_sampled;
-  py::array index, log_prob;
-  py::dict results = forward_arrays(q, k, v, options_from(kwargs), [&](const AttentionParams& p) {
-    check_is_served(p);
-    hard.attention = p;
-    hard.attention.lse = nullptr;
-    {
-      const py::gil_scoped_acquire for_arrays;
-      index = filled(py::dtype::of<int64_t>(), {p.B, p.Hq, p.Lq}, -77);
-      log_prob = make_result(DType::kFloat32, {p.B, p.Hq, p.Lq});
-      hard.index = static_cast<int64_t*>(index.mutable_data());
-      hard.log_prob = log_prob.mutable_data();
-    }
-    // As the binding does.
-    if (p.B * p.Hq * p.Lq == 0) return;
-    run = emulator::hard_attention_forward(hard, emulation.device, emulation.options, emulation.os_threads);
+  py::dict results = hard_forward_arrays(q, k, v, is_sampled, options_from(kwargs), [&](const HardAttentionParams& p) {
+    check_is_served(p.attention);
+    run = emulator::hard_attention_forward(p, emulation.device, emulation.options, emulation.os_threads);
   });
-  results.attr("pop")("lse");
-  results["index"] = index;
-  results["log_prob"] = log_prob;
   results["run"] = as_dict(run);
   return results;
 }
@@ -54,38 +29,12 @@ py::dict hard_attention_backward(const py::array& q, const py::array& k, const p
                                  const OptionalArray& d_o, const OptionalArray& d_log_prob, const py::dict& settings,
                                  const py::kwargs& kwargs) {
   const Emulation emulation = Emulation::from(settings);
-  HardAttentionGradParams g;
-  AttentionParams& p = g.forward;
-  p = make_params(q, k, v, options_from(kwargs));
-  check_is_served(p);
-  const int64_t rows = p.B * p.Hq * p.Lq;
-  const auto rows_of = [&](const py::array& array, const char* name) {
-    return vector_data(array.attr("reshape")(-1).cast<py::array>(), name, DType::kFloat32, rows);
-  };
-  const py::array row_max = results["row_max"].cast<py::array>(), row_sum = results["row_sum"].cast<py::array>();
-  const auto index = results["index"].cast<py::array_t<int64_t, py::array::c_style>>();
-  p.row_max = const_cast<void*>(rows_of(row_max, "row_max"));
-  p.row_sum = const_cast<void*>(rows_of(row_sum, "row_sum"));
-  g.index = index.data();
-  if (d_log_prob) g.d_log_prob = rows_of(*d_log_prob, "d_log_prob");
-  if (d_o) g.d_o = rows_view(*d_o, "d_o", p.dtype, {p.B, p.Hq, p.Lq, p.Dv}, g.d_o_stride).data;
-  py::array dq = make_result(p.dtype, {p.B, p.Hq, p.Lq, p.D}), dk = make_result(p.dtype, {p.B, p.Hkv, p.Lk, p.D});
-  py::array dv = make_result(p.dtype, {p.B, p.Hkv, p.Lk, p.Dv});
-  g.dq = dq.mutable_data();
-  g.dk = dk.mutable_data();
-  g.dv = dv.mutable_data();
-  copy_strides(dq, g.dq_stride);
-  copy_strides(dk, g.dk_stride);
-  copy_strides(dv, g.dv_stride);
   Run run;
-  {
-    const py::gil_scoped_release others_may_run;
-    run = emulator::hard_attention_backward(g, emulation.device, emulation.options, emulation.os_threads);
-  }
-  py::dict gradients;
-  gradients["dq"] = dq;
-  gradients["dk"] = dk;
-  gradients["dv"] = dv;
+  py::dict gradients = hard_backward_arrays(
+      q, k, v, results, d_o, d_log_prob, options_from(kwargs), [&](const HardAttentionGradParams& g) {
+        check_is_served(g.forward);
+        run = emulator::hard_attention_backward(g, emulation.device, emulation.options, emulation.os_threads);
+      });
   gradients["run"] = as_dict(run);
   return gradients;
 }
@@ -93,47 +42,11 @@ py::dict hard_attention_backward(const py::array& q, const py::array& k, const p
 py::dict attention_summary(const py::array& q, const py::array& k, int64_t top_k, bool key_mass,
                            const OptionalArray& row_mask, const py::dict& settings, const py::kwargs& kwargs) {
   const Emulation emulation = Emulation::from(settings);
-  SummaryParams summary;
-  AttentionParams& p = summary.attention;
-  p = make_params(q, k, k, options_from(kwargs));
-  p.v = nullptr;
-  p.Dv = 0;
-  check_is_served(p);
-  if (top_k < 0 || top_k > kMaxTopK) refuse("top_k must lie in [0, 128].");
-
-  py::dict results;
-  const auto add = [&](const char* name, py::array array) {
-    results[name] = array;
-    return array.mutable_data();
-  };
-  const std::vector<py::ssize_t> rows = {p.B, p.Hq, p.Lq};
-  summary.entropy = add("entropy", make_result(DType::kFloat32, rows));
-  summary.max_weight = add("max_weight", make_result(DType::kFloat32, rows));
-  p.lse = add("lse", make_result(DType::kFloat32, rows));
-  p.row_max = add("row_max", make_result(DType::kFloat32, rows));
-  p.row_sum = add("row_sum", make_result(DType::kFloat32, rows));
-  summary.top_k = top_k;
-  void* const top_weights = add("top_weights", make_result(DType::kFloat32, {p.B, p.Hq, p.Lq, top_k}));
-  void* const top_index = add("top_index", filled(py::dtype::of<int64_t>(), {p.B, p.Hq, p.Lq, top_k}, -77));
-  if (top_k > 0) {
-    summary.top_weights = top_weights;
-    summary.top_index = static_cast<int64_t*>(top_index);
-  }
-  if (key_mass) summary.key_mass = add("key_mass", make_result(DType::kFloat32, {p.B, p.Hq, p.Lk}));
-  if (row_mask) {
-    if (!row_mask->dtype().is(py::dtype::of<bool>())) refuse("row_mask must be bool.");
-    const View view = shape_view(*row_mask, "row_mask", 3);
-    for (size_t dim = 0; dim < 3; ++dim) {
-      if (view.size[dim] != 1 && view.size[dim] != rows[dim]) refuse("row_mask must be broadcastable to (B, Hq, Lq).");
-      summary.row_mask_stride[dim] = view.size[dim] == 1 ? 0 : view.stride[dim];
-    }
-    summary.row_mask = static_cast<const uint8_t*>(view.data);
-  }
   Run run;
-  {
-    const py::gil_scoped_release others_may_run;
-    run = emulator::attention_summary(summary, emulation.device, emulation.options, emulation.os_threads);
-  }
+  py::dict results = summary_arrays(q, k, top_k, key_mass, row_mask, options_from(kwargs), [&](const SummaryParams& p) {
+    check_is_served(p.attention);
+    run = emulator::attention_summary(p, emulation.device, emulation.options, emulation.os_threads);
+  });
   results["run"] = as_dict(run);
   return results;
 }

@@ -50,17 +50,27 @@ FASTATTN_FN float vreduce_max(Vf a) {
 
 FASTATTN_FN Vm vless(Vf a, Vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 FASTATTN_FN Vm vequal(Vf a, Vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+FASTATTN_FN bool vany(Vm m) { return _mm256_movemask_ps(m) != 0; }
 FASTATTN_FN Vm vmask_from_bits(uint64_t bits) {
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i hit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits & 0xFF)), lane_bit);
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(hit, lane_bit));
 }
 FASTATTN_FN Vf vselect(Vm m, Vf yes, Vf no) { return _mm256_blendv_ps(no, yes, m); }
+FASTATTN_FN Vi viselect(Vm m, Vi yes, Vi no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m)); }
 
 FASTATTN_FN Vi viset(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 FASTATTN_FN Vi viota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 FASTATTN_FN Vi viadd(Vi a, Vi b) { return _mm256_add_epi32(a, b); }
+FASTATTN_FN Vi visub(Vi a, Vi b) { return _mm256_sub_epi32(a, b); }
+FASTATTN_FN Vi viand(Vi a, Vi b) { return _mm256_and_si256(a, b); }
 FASTATTN_FN Vi vixor(Vi a, Vi b) { return _mm256_xor_si256(a, b); }
+FASTATTN_FN Vi vixor(Vi a, Vi b, Vi c) { return vixor(vixor(a, b), c); }
+template <int kBits>
+FASTATTN_FN Vi vishift_right(Vi a) {
+  return _mm256_srai_epi32(a, kBits);
+}
+FASTATTN_FN Vm viequal(Vi a, Vi b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
 FASTATTN_FN Vm vigreater_equal(Vi a, Vi b) {
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a));
 }
@@ -70,12 +80,9 @@ FASTATTN_FN void vistore(uint32_t* p, Vi x) { _mm256_storeu_si256((__m256i*)p, x
 FASTATTN_FN Vf vbits_as_float(Vi a) { return _mm256_castsi256_ps(a); }
 FASTATTN_FN Vi vbits_as_int(Vf a) { return _mm256_castps_si256(a); }
 
-FASTATTN_FN void vimul_wide(Vi a, Vi b, Vi* high, Vi* low) {
-  const Vi even = _mm256_mul_epu32(a, b);
-  const Vi odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
-  *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-}
+FASTATTN_FN Vi vimul_even(Vi a, Vi b) { return _mm256_mul_epu32(a, b); }
+FASTATTN_FN Vi vihigh(Vi a) { return _mm256_srli_epi64(a, 32); }
+FASTATTN_FN Vi vijoin(Vi even, Vi odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
 
 FASTATTN_FN uint64_t nonzero_bytes(const uint8_t* p) {
   const __m256i zero = _mm256_setzero_si256();

@@ -47,13 +47,23 @@ FASTATTN_FN float vreduce_max(Vf a) { return _mm512_reduce_max_ps(a); }
 
 FASTATTN_FN Vm vless(Vf a, Vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 FASTATTN_FN Vm vequal(Vf a, Vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+FASTATTN_FN bool vany(Vm m) { return m != 0; }
 FASTATTN_FN Vm vmask_from_bits(uint64_t bits) { return static_cast<Vm>(bits); }
 FASTATTN_FN Vf vselect(Vm m, Vf yes, Vf no) { return _mm512_mask_blend_ps(m, no, yes); }
+FASTATTN_FN Vi viselect(Vm m, Vi yes, Vi no) { return _mm512_mask_blend_epi32(m, no, yes); }
 
 FASTATTN_FN Vi viset(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 FASTATTN_FN Vi viota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 FASTATTN_FN Vi viadd(Vi a, Vi b) { return _mm512_add_epi32(a, b); }
+FASTATTN_FN Vi visub(Vi a, Vi b) { return _mm512_sub_epi32(a, b); }
+FASTATTN_FN Vi viand(Vi a, Vi b) { return _mm512_and_si512(a, b); }
 FASTATTN_FN Vi vixor(Vi a, Vi b) { return _mm512_xor_si512(a, b); }
+FASTATTN_FN Vi vixor(Vi a, Vi b, Vi c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+template <int kBits>
+FASTATTN_FN Vi vishift_right(Vi a) {
+  return _mm512_srai_epi32(a, kBits);
+}
+FASTATTN_FN Vm viequal(Vi a, Vi b) { return _mm512_cmpeq_epi32_mask(a, b); }
 FASTATTN_FN Vm vigreater_equal(Vi a, Vi b) { return _mm512_cmpge_epu32_mask(a, b); }
 FASTATTN_FN Vf vfrom_int(Vi a) { return _mm512_cvtepi32_ps(a); }
 FASTATTN_FN Vi viload(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -61,13 +71,10 @@ FASTATTN_FN void vistore(uint32_t* p, Vi x) { _mm512_storeu_si512(p, x); }
 FASTATTN_FN Vf vbits_as_float(Vi a) { return _mm512_castsi512_ps(a); }
 FASTATTN_FN Vi vbits_as_int(Vf a) { return _mm512_castps_si512(a); }
 
-// Products of two 32-bit unsigned numbers, high and low halves: even and odd lanes are multiplied apart.
-FASTATTN_FN void vimul_wide(Vi a, Vi b, Vi* high, Vi* low) {
-  const Vi even = _mm512_mul_epu32(a, b);
-  const Vi odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
-  *low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-  *high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-}
+// Lanes in pairs, as 64-bit numbers.
+FASTATTN_FN Vi vimul_even(Vi a, Vi b) { return _mm512_mul_epu32(a, b); }
+FASTATTN_FN Vi vihigh(Vi a) { return _mm512_srli_epi64(a, 32); }
+FASTATTN_FN Vi vijoin(Vi even, Vi odd) { return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)); }
 
 // Bit t of the result: is p[t] nonzero, for t < 64.
 FASTATTN_FN uint64_t nonzero_bytes(const uint8_t* p) {

@@ -38,8 +38,10 @@ constexpr int kReciprocalBits = 24;
 FASTATTN_FN Vf vreciprocal_estimate(Vf x) { return 1.0f / x; }
 
 FASTATTN_FN Vf vselect(Vm m, Vf yes, Vf no) { return (Vf)((m & (Vm)yes) | (~m & (Vm)no)); }  // m ? yes : no
+FASTATTN_FN Vi viselect(Vm m, Vi yes, Vi no) { return (Vi)((m & (Vm)yes) | (~m & (Vm)no)); }
 FASTATTN_FN Vm vless(Vf a, Vf b) { return a < b; }
 FASTATTN_FN Vm vequal(Vf a, Vf b) { return a == b; }
+FASTATTN_FN bool vany(Vm m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 FASTATTN_FN Vm vmask_from_bits(uint64_t bits) {  // bit l of bits -> lane l
   const int32_t b = static_cast<int32_t>(bits);
   return (Vm{b, b, b, b} & Vm{1, 2, 4, 8}) != Vm{0, 0, 0, 0};
@@ -53,7 +55,15 @@ FASTATTN_FN Vf vabs(Vf a) { return (Vf)((Vi)a & Vi{0x7FFFFFFFu, 0x7FFFFFFFu, 0x7
 FASTATTN_FN Vi viset(uint32_t x) { return Vi{x, x, x, x}; }
 FASTATTN_FN Vi viota() { return Vi{0, 1, 2, 3}; }  // lane numbers
 FASTATTN_FN Vi viadd(Vi a, Vi b) { return a + b; }
+FASTATTN_FN Vi visub(Vi a, Vi b) { return a - b; }
+FASTATTN_FN Vi viand(Vi a, Vi b) { return a & b; }
 FASTATTN_FN Vi vixor(Vi a, Vi b) { return a ^ b; }
+FASTATTN_FN Vi vixor(Vi a, Vi b, Vi c) { return a ^ b ^ c; }
+template <int kBits>
+FASTATTN_FN Vi vishift_right(Vi a) {  // of signed numbers
+  return (Vi)((Vm)a >> kBits);
+}
+FASTATTN_FN Vm viequal(Vi a, Vi b) { return (Vm)(a == b); }
 FASTATTN_FN Vm vigreater_equal(Vi a, Vi b) { return (Vm)(a >= b); }  // unsigned
 FASTATTN_FN Vf vfrom_int(Vi a) { return __builtin_convertvector((Vm)a, Vf); }
 FASTATTN_FN Vi viload(const uint32_t* p) {
@@ -74,14 +84,19 @@ FASTATTN_FN float vreduce_max(Vf a) {
   return x > y ? x : y;
 }
 
-// High and low halves of the 64-bit products.
-FASTATTN_FN void vimul_wide(Vi a, Vi b, Vi* high, Vi* low) {
-  for (int l = 0; l < kLanes; ++l) {
-    const uint64_t product = static_cast<uint64_t>(a[l]) * b[l];
-    (*high)[l] = static_cast<uint32_t>(product >> 32);
-    (*low)[l] = static_cast<uint32_t>(product);
+// Lanes in pairs, as 64-bit numbers, the even lane being the lower half: the product of even lanes, the upper halves
+// (in even lanes, with zeros in the odd ones), and the lanes of even and odd ones that were computed apart.
+FASTATTN_FN Vi vimul_even(Vi a, Vi b) {
+  Vi product;
+  for (int l = 0; l < kLanes; l += 2) {
+    const uint64_t x = static_cast<uint64_t>(a[l]) * b[l];
+    product[l] = static_cast<uint32_t>(x);
+    product[l + 1] = static_cast<uint32_t>(x >> 32);
   }
+  return product;
 }
+FASTATTN_FN Vi vihigh(Vi a) { return Vi{a[1], 0, a[3], 0}; }
+FASTATTN_FN Vi vijoin(Vi even, Vi odd) { return Vi{even[0], odd[0], even[2], odd[2]}; }
 
 // Bit t of the result: is p[t] nonzero, for t < 64.
 FASTATTN_FN uint64_t nonzero_bytes(const uint8_t* p) {

@@ -1,4 +1,4 @@
-"""What every function of fastattn computes, in plain torch operations: slow, complete and meant to be read.
+"""Scaled dot-product attention with everything that fastattn.attention can do to it.
 
 For batch b, query head h, query row i and key j, with G = Hq / Hkv query heads to a key head:
 
@@ -17,13 +17,7 @@ where n is the number of keys of sequence b: kv_lengths[b], or Lk without kv_len
 `offset` is 0 for causal="top_left" and n - Lq otherwise ("bottom_right": the last row sees the last key that exists);
 a causal row has right = 0 whatever the window says, and without a window left (and right) are unlimited. A row that
 sees no key has o = 0, lse = -inf, and every gradient through it is 0, with or without a sink. The lse includes the
-sink, and dropout leaves it alone. Keys and values beyond kv_lengths are never used: NaN there goes nowhere.
-
-With `dtype=torch.float64` these functions are the tests' oracle. With `dtype=None` they compute in the inputs'
-own dtype, as a person would write it in PyTorch: every intermediate result is rounded to it. That is the baseline
-which the kernels have to match in accuracy. Both can be differentiated twice, and no mask makes a gradient NaN.
-
-Not handled here: argument checks (fastattn.attention makes them), and anything but four-dimensional q, k and v.
+sink, and dropout leaves it alone.
 """
 
 from __future__ import annotations
@@ -34,8 +28,6 @@ import torch
 from torch import Tensor
 
 Window = tuple[int | None, int | None]
-
-__all__ = ["attention", "dropped", "scores", "visible", "weights"]
 
 
 def _diagonal_offset(Lq: int, Lk: int, causal: bool | str, kv_lengths: Tensor | None) -> int | Tensor:
@@ -77,7 +69,23 @@ def visible(
     return sees
 
 
-def _existing(x: Tensor, kv_lengths: Tensor | None) -> Tensor:
+def hidden(
+    s: Tensor,
+    *,
+    causal: bool | str = False,
+    window: Window | None = None,
+    mask: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+) -> Tensor:
+    """Scores s, (B, Hq, Lq, Lk), with -inf where the key is not visible."""
+    B, _, Lq, Lk = s.shape
+    sees = visible(Lq, Lk, causal, window, kv_lengths, B, s.device)
+    if mask is not None:
+        sees = sees & mask
+    return s.masked_fill(~sees, -math.inf)
+
+
+def existing(x: Tensor, kv_lengths: Tensor | None) -> Tensor:
     """k or v, (B, Hkv, Lk, D), with zeros in the rows that do not exist: 0 * NaN would be NaN."""
     if kv_lengths is None:
         return x
@@ -85,7 +93,7 @@ def _existing(x: Tensor, kv_lengths: Tensor | None) -> Tensor:
     return x.masked_fill(beyond, 0)
 
 
-def _for_query_heads(x: Tensor, Hq: int) -> Tensor:
+def for_query_heads(x: Tensor, Hq: int) -> Tensor:
     """k or v, (B, Hkv, Lk, D) -> (B, Hq, Lk, D): query head h reads key head h / G."""
     return x.repeat_interleave(Hq // max(x.shape[1], 1), dim=1)
 
@@ -115,10 +123,10 @@ def scores(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """s, (B, Hq, Lq, Lk), with -inf where the key is not visible."""
-    B, Hq, Lq, D = q.shape
+    _, Hq, Lq, D = q.shape
     Lk = k.shape[2]
     compute = q.dtype if dtype is None else dtype
-    q, k = q.to(compute), _for_query_heads(_existing(k.to(compute), kv_lengths), Hq)
+    q, k = q.to(compute), for_query_heads(existing(k.to(compute), kv_lengths), Hq)
 
     s = q @ k.mT * (1 / math.sqrt(max(D, 1)) if scale is None else scale)
     if softcap:
@@ -128,13 +136,10 @@ def scores(
         s = s + (bias if dtype is None else bias.to(dtype))
     if alibi_slopes is not None:
         s = s + _alibi(alibi_slopes, Lq, Lk, kv_lengths, s.dtype)
-    sees = visible(Lq, Lk, causal, window, kv_lengths, B, q.device)
-    if mask is not None:
-        sees = sees & mask
-    return s.masked_fill(~sees, -math.inf)
+    return hidden(s, causal=causal, window=window, mask=mask, kv_lengths=kv_lengths)
 
 
-def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def softmax(s: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """p and lse of scores s; sinks (Hq,) or None."""
     Lk = s.shape[-1]
     # The softmax of a row of -inf is NaN, and so is its gradient: such rows are computed as rows of 0, then replaced.
@@ -180,7 +185,7 @@ def weights(
         kv_lengths=kv_lengths,
         dtype=dtype,
     )
-    return _softmax(s, sinks)[0]
+    return softmax(s, sinks)[0]
 
 
 def dropped(p: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
@@ -188,6 +193,17 @@ def dropped(p: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
     if dropout_p >= 1:
         return p * 0
     return (p / (1 - dropout_p)).masked_fill(~keep, 0)
+
+
+def weighted_sum(
+    p: Tensor, v: Tensor, kv_lengths: Tensor | None, dropout_p: float = 0.0, dropout_keep: Tensor | None = None
+) -> Tensor:
+    """o, (B, Hq, Lq, Dv), of the weights p (B, Hq, Lq, Lk) that dropout leaves and the values v (B, Hkv, Lk, Dv)."""
+    if dropout_p > 0:
+        assert dropout_keep is not None, "the reference draws no random numbers: pass dropout_keep"
+        p = dropped(p, dropout_keep, dropout_p)
+    v = for_query_heads(existing(v, kv_lengths), p.shape[1])
+    return p.to(v.dtype) @ v
 
 
 def attention(
@@ -238,10 +254,6 @@ def attention(
         kv_lengths=kv_lengths,
         dtype=dtype,
     )
-    p, lse = _softmax(s, sinks)
-    if dropout_p > 0:
-        assert dropout_keep is not None, "the reference draws no random numbers: pass dropout_keep"
-        p = dropped(p, dropout_keep, dropout_p)
-    v = _for_query_heads(_existing(v if dtype is None else v.to(dtype), kv_lengths), q.shape[1])
-    o = p.to(v.dtype) @ v
+    p, lse = softmax(s, sinks)
+    o = weighted_sum(p, v if dtype is None else v.to(dtype), kv_lengths, dropout_p, dropout_keep)
     return (o, lse) if return_lse else o
