@@ -263,13 +263,16 @@ def test_machine_code() -> None:
 
 
 def test_machine_code_of_whole_warps() -> None:
-    """Not under a predicate of a lane's own, and not between the place where lanes may part and where they meet."""
+    """Not under a predicate of a lane's own, and not between a lane's own jump and the place where all meet again."""
     lines = """\
         /*0010*/                   SHFL.BFLY PT, R4, R4, 0x1, 0x1f ;
         /*0020*/             @!UP0 BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0030*/              @!P0 LDSM.16.M88.4 R4, [R5] ;
         /*0040*/               @PT HMMA.16816.F32 R4, R8, R10, R4 ;
         /*0050*/                   BSSY.RECONVERGENT B0, 0x100 ;
+        /*0054*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0058*/              @UP1 BRA 0xf0 ;
+        /*005c*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0060*/               @P1 BRA 0xf0 ;
         /*0070*/                   BSSY B1, 0x90 ;
         /*0080*/                   BSYNC B1 ;
@@ -290,7 +293,7 @@ def test_machine_code_of_whole_warps() -> None:
     ]
     # What one function ends in says nothing of the next.
     after = ["Function : next", "        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;"]
-    cut = [f"Function : {COMBINE}", *lines.splitlines()[:5], *after]
+    cut = [f"Function : {COMBINE}", *lines.splitlines()[:9], *after]
     assert not parse_listing(cut)["next"].parted.total()
 
 

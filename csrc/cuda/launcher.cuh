@@ -10,6 +10,9 @@
 #include "cuda/backward_bias.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/forward.cuh"
+#include "cuda/hard_backward.cuh"
+#include "cuda/hard_forward.cuh"
+#include "cuda/summary.cuh"
 
 namespace fastattn::cuda {
 
@@ -35,6 +38,17 @@ inline std::string describe(const BiasGradientParams& p) {
 }
 inline std::string describe(const DropoutMaskParams& p) {
   return "rows=" + std::to_string(p.rows) + " Lk=" + std::to_string(p.Lk);
+}
+
+inline std::string describe(const HardForwardParams& p) {
+  return describe(p.walk.attention) + " splits=" + std::to_string(p.walk.splits);
+}
+inline std::string describe(const HardBackwardParams& p) { return describe(p.walk.attention); }
+inline std::string describe(const ZeroRowsParams& p) {
+  return "rows=" + std::to_string(p.rows) + " dim=" + std::to_string(p.dim);
+}
+inline std::string describe(const SummaryKernelParams& p) {
+  return describe(p.walk.attention) + " top_k=" + std::to_string(p.top_k);
 }
 
 // Bytes of shared memory for one launch: kSharedBytes, or fewer where the kernel counts columns at run time.

@@ -196,6 +196,9 @@ FASTATTN_DEVICE uint32_t to_tf32(float x) {
   return y;
 }
 
+// The number of the lowest bit that is set, of x != 0.
+FASTATTN_DEVICE int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
+
 FASTATTN_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 FASTATTN_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 

@@ -124,6 +124,8 @@ FASTATTN_DEVICE void store_global_u32x2(void* at, U32x2 v, Site site = Site::cur
 
 // ---- Numbers -------------------------------------------------------------------------------------------------------
 
+FASTATTN_DEVICE int lowest_bit(uint32_t x) { return std::countr_zero(x); }
+
 FASTATTN_DEVICE uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 FASTATTN_DEVICE float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
 
