@@ -273,6 +273,19 @@ def test_repeats_and_thread_counts(isa: str, case: Case, dtype: torch.dtype) -> 
         assert not differences(compute(inputs), first), f"{count} threads"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_w_that_is_expanded_has_a_gradient_for_each_head(dtype: torch.dtype) -> None:
+    """One row of numbers with a stride of 0 is not one w for all heads."""
+    q, k, v = (torch.randn(2, 3, 9, 8, dtype=dtype) for _ in range(3))
+    expanded = torch.randn(1, 8, dtype=dtype).expand(3, 8).detach().requires_grad_()
+    copy = expanded.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    assert expanded.stride(0) == 0
+    got, wanted = (
+        torch.autograd.grad(fastattn.additive_attention(q, k, v, w).square().sum(), w)[0] for w in (expanded, copy)
+    )
+    assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_memory_does_not_matter(isa: str, dtype: torch.dtype) -> None:
     """Where rows lie, how far apart and how aligned, changes no bit."""
