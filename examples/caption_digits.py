@@ -39,17 +39,17 @@ except ImportError:  # run as a file: its folder, not the root, is on the path
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "end")
 END, START, NOTHING = 10, 11, -100  # NOTHING: padding of the targets, which no loss counts
-MIN_DIGITS, MAX_DIGITS = 2, 4
-DIGIT, HEIGHT, GAP = 8, 12, 4  # pixels: a digit's side, the image's height, the largest gap
+MIN_DIGITS, MAX_DIGITS = 1, 4
+DIGIT, HEIGHT, GAP = 8, 16, 4  # pixels: a digit's side, the image's height, the largest gap
 IMAGE_WIDTH = 48  # MAX_DIGITS digits with a gap before each fill it
-PATCH = 4
+PATCH = 8
 ROWS, COLUMNS = HEIGHT // PATCH, IMAGE_WIDTH // PATCH
 
 WIDTH = 64
 BATCH = 64
 STEPS, SMOKE_STEPS = {"soft": 500, "hard": 1000}, {"soft": 15, "hard": 15}
 LEARNING_RATE = 3e-3
-ENTROPY_REWARD, BASELINE_DECAY = 0.02, 0.9
+ENTROPY_REWARD, BASELINE_DECAY = 0.1, 0.9
 TESTED = 500
 ACCURACY, SMOKE_ACCURACY = {"soft": 0.95, "hard": 0.90}, {"soft": 0.1, "hard": 0.1}
 
@@ -64,6 +64,9 @@ class Batch:
     def inputs(self) -> Tensor:
         """(B, MAX_DIGITS + 1): what the decoder reads, START and the words so far."""
         return F.pad(self.targets[:, :-1].clamp(min=0), (1, 0), value=START)
+
+    def twice(self) -> Batch:
+        return Batch(*(torch.cat([x, x]) for x in (self.images, self.targets, self.places)))
 
 
 @dataclass
@@ -109,9 +112,9 @@ class Captioner(nn.Module):
         super().__init__()
         self.is_hard = is_hard
         self.convolutions = nn.Sequential(
-            *(nn.Conv2d(1, WIDTH // 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(WIDTH // 2, WIDTH, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(1, WIDTH // 2, 3, padding=1), nn.BatchNorm2d(WIDTH // 2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(WIDTH // 2, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.MaxPool2d(2)),
         )
         self.position = nn.Parameter(0.3 * torch.randn(ROWS * COLUMNS, WIDTH))
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
@@ -121,16 +124,19 @@ class Captioner(nn.Module):
         self.out = nn.Sequential(nn.Linear(2 * WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, END + 1))
 
     def look(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What is seen (B, 1, 1, WIDTH), and the log-probability of having looked there (B, 1, 1); 0 if softly."""
-        soft = fastattn.attention(q, k, v) if self.training or not self.is_hard else None
+        """What is seen (B, 1, 1, WIDTH), and the log-probability of having looked there (B, 1, 1); 0 if softly.
+
+        In training, hard attention is soft for the first half of the batch.
+        """
         if not self.is_hard:
-            assert soft is not None
-            return soft, torch.zeros(q.shape[:3])
-        hard = fastattn.hard_attention(q, k, v, mode="sample" if self.training else "argmax")
-        if soft is None:
+            return fastattn.attention(q, k, v), torch.zeros(q.shape[:3])
+        if not self.training:
+            hard = fastattn.hard_attention(q, k, v, mode="argmax")
             return hard.output, hard.log_prob
-        is_soft = torch.rand(len(q), 1, 1) < 0.5
-        return torch.where(is_soft[..., None], soft, hard.output), hard.log_prob.masked_fill(is_soft, 0)
+        (q, hard_q), (k, hard_k), (v, hard_v) = q.chunk(2), k.chunk(2), v.chunk(2)
+        soft = fastattn.attention(q, k, v)
+        hard = fastattn.hard_attention(hard_q, hard_k, hard_v, mode="sample")
+        return torch.cat([soft, hard.output]), torch.cat([torch.zeros_like(hard.log_prob), hard.log_prob])
 
     def forward(self, images: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, T, words), log-probabilities of the places (B, T), attention weights (B, T, patches).
@@ -163,9 +169,10 @@ class Rewards:
         self.baseline = torch.zeros(MAX_DIGITS + 1)  # one for each word of the caption
 
     def loss(self, nll: Tensor, log_probs: Tensor, counts: Tensor) -> Tensor:
-        """nll, log_probs and counts (whether the word counts) are (B, T)."""
-        # A place matters to the word there and to those after it, not to those before it.
-        reward = -nll.detach().flip(1).cumsum(1).flip(1)
+        """nll, log_probs and counts (whether the word counts) are (B, T), first the soft looks, then the hard ones."""
+        soft, hard = nll.detach().chunk(2)
+        log_probs, counts = log_probs.chunk(2)[1], counts.chunk(2)[1]
+        reward = soft - hard  # how much more likely the word was than after the soft look at the same image
         mean = (reward * counts).sum(0) / counts.sum(0).clamp(min=1)
         self.baseline = BASELINE_DECAY * self.baseline + (1 - BASELINE_DECAY) * mean
         # The gradient of the entropy is that of a reward of -log p.
@@ -181,13 +188,15 @@ def train(model: Captioner, digits: Digits, steps: int, name: str) -> list[float
     model.train()
     with tqdm(total=steps, desc=name, unit="step") as bar:
         for _ in range(steps):
-            batch = digits.make_batch(BATCH)
+            batch = digits.make_batch(BATCH // 2 if model.is_hard else BATCH)
+            if model.is_hard:
+                batch = batch.twice()
             logits, log_probs, _ = model(batch.images, batch.inputs)
             counts = batch.targets != NOTHING
             nll = F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=NOTHING, reduction="none")
             mean_nll = nll.sum() / counts.sum()
             optimizer.zero_grad()
-            (mean_nll + rewards.loss(nll, log_probs, counts)).backward()
+            (mean_nll + rewards.loss(nll, log_probs, counts) if model.is_hard else mean_nll).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

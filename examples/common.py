@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY, BLUE, ORANGE, GREEN, MUTED = "#8a93a1", "#3b6fb6", "#d9772b", "#3f9a6b", "#5b6470"
-STYLE: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130}
 
 
 def parse_options(name: str, description: str, smoke: str) -> argparse.Namespace:

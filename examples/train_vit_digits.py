@@ -14,7 +14,6 @@ step outside attention, and the table says how much: the rest is what no attenti
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -33,6 +32,11 @@ from torch.nn import functional as F
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import fastattn
+
+try:
+    from examples import common
+except ImportError:  # run as a file: its folder, not the root, is on the path
+    import common  # type: ignore[import-not-found, no-redef]
 
 IMAGE, CLASSES = 8, 10
 TOKENS = IMAGE * IMAGE
@@ -215,67 +219,41 @@ def print_table(result: dict[str, Any]) -> None:
 
 def write_plot(path: Path, result: dict[str, Any]) -> None:
     """Loss curves of both, one drawn over the other, and their time per step."""
-    import matplotlib
+    colors = (common.GREY, common.ORANGE)
+    figure = common.new_figure(11, 4.3)
+    curves, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    for (name, model), color, width in zip(result["models"].items(), colors, (4.5, 1.3), strict=True):
+        curves.plot(model["losses"], color=color, linewidth=width, label=f"{name}: {model['accuracy']:.1%} right")
+    curves.set(yscale="log", xlabel="step", ylabel="training loss")
+    curves.set_title(f"Same curve: at most {result['loss_difference']:.0e} apart", loc="left", fontsize=11)
+    curves.legend(frameon=False)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = ("#8a93a1", "#d9772b")
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130}):
-        figure, (curves, bars) = plt.subplots(1, 2, figsize=(11, 4.3), width_ratios=(1.7, 1))
-        for (name, model), color, width in zip(result["models"].items(), colors, (4.5, 1.3), strict=True):
-            curves.plot(model["losses"], color=color, linewidth=width, label=f"{name}: {model['accuracy']:.1%} right")
-        curves.set(yscale="log", xlabel="step", ylabel="training loss")
-        curves.set_title(f"Same curve: at most {result['loss_difference']:.0e} apart", loc="left", fontsize=11)
-        curves.legend(frameon=False)
-
-        names = list(result["models"])
-        attention = [model["attention_ms"] for model in result["models"].values()]
-        steps = [model["step_ms"] for model in result["models"].values()]
-        rest = [max(0.0, step - part) for step, part in zip(steps, attention, strict=True)]
-        bars.bar(names, rest, color="#dfe3e8", width=0.6, label="everything else")
-        bars.bar(names, attention, bottom=rest, color=colors, width=0.6, label="attention")
-        for position, step in enumerate(steps):
-            bars.annotate(f"{step:.1f} ms", (position, step), (0, 4), textcoords="offset points", ha="center")
-        bars.set_ylabel("ms per step")
-        bars.set_title(f"{steps[0] / steps[1]:.2f} times faster (attention in colour)", loc="left", fontsize=11)
-        figure.text(
-            0.995,
-            0.005,
-            f"torch {torch.__version__}, fastattn {fastattn.__version__}, {torch.ops.fastattn._isa()}, "
-            f"{result['threads']} threads",
-            ha="right",
-            fontsize=7,
-            color="#5b6470",
-        )
-        figure.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
+    names = list(result["models"])
+    attention = [model["attention_ms"] for model in result["models"].values()]
+    steps = [model["step_ms"] for model in result["models"].values()]
+    rest = [max(0.0, step - part) for step, part in zip(steps, attention, strict=True)]
+    bars.bar(names, rest, color="#dfe3e8", width=0.6, label="everything else")
+    bars.bar(names, attention, bottom=rest, color=colors, width=0.6, label="attention")
+    for position, step in enumerate(steps):
+        bars.annotate(f"{step:.1f} ms", (position, step), (0, 4), textcoords="offset points", ha="center")
+    bars.set_ylabel("ms per step")
+    bars.set_title(f"{steps[0] / steps[1]:.2f} times faster (attention in colour)", loc="left", fontsize=11)
+    for ax in (curves, bars):
+        ax.spines[["top", "right"]].set_visible(False)
+    common.save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A vision transformer on handwritten digits, trained twice.")
-    parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_EPOCHS} epochs, and less accuracy asked for")
-    parser.add_argument("--threads", type=int, help="default: as many as PyTorch uses")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", default=Path("train_vit_digits.png"), help="default: %(default)s"
+    smoke = f"{SMOKE_EPOCHS} epochs, and less accuracy asked for"
+    options = common.parse_options(
+        "train_vit_digits", "A vision transformer on handwritten digits, trained twice.", smoke
     )
-    parser.add_argument("--no-plot", action="store_true")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-
     result = train(SMOKE_EPOCHS if options.smoke else EPOCHS, options.seed)
     print_table(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     if not options.no_plot:
-        path = options.plot or Path("train_vit_digits.png")
-        write_plot(path, result)
-        print(f"Plot: {path}")
+        write_plot(options.plot, result)
     check(result, SMOKE_ACCURACY if options.smoke else ACCURACY)
 
 

@@ -6,6 +6,7 @@ from fastattn import _provider as _provider  # makes fastattn known to torch.nn.
 from fastattn import nn, reference
 from fastattn._additive import additive_attention
 from fastattn._attention import attention
+from fastattn._hard import HardAttentionOutput, hard_attention
 from fastattn._info import Info, info
 from fastattn._plot import plot_attention
 from fastattn._replace import ServedModules, replace_modules, restore_modules, served_modules
@@ -17,15 +18,20 @@ from fastattn._sdpa import (
     scaled_dot_product_attention,
     sdpa_calls,
 )
+from fastattn._summary import AttentionSummary, attention_summary
 from fastattn._weights import attention_weights, merge_attention_states
 
 __all__ = [
+    "AttentionSummary",
+    "HardAttentionOutput",
     "Info",
     "SdpaCalls",
     "ServedModules",
     "additive_attention",
     "attention",
+    "attention_summary",
     "attention_weights",
+    "hard_attention",
     "info",
     "merge_attention_states",
     "nn",

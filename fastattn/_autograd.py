@@ -238,12 +238,12 @@ def _functional(op: Any, setup: Any, gradients: Any) -> Any:
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-            return _one_by_one(Functional.apply, info.batch_size, in_dims, inputs)
+            return one_by_one(Functional.apply, info.batch_size, in_dims, inputs)
 
     return Functional
 
 
-def _one_by_one(function: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def one_by_one(function: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     """What torch.func.vmap makes of an operator: calls for one element after the other, and their results stacked."""
     results = [
         function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))

@@ -183,11 +183,10 @@ def _obstacle(module: torch.nn.MultiheadAttention) -> str | None:
         return f"{type(module).__name__} has a forward of its own"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    # A quantized linear layer has its weight packed, and a method in its place.
-    out_proj: Any = module.out_proj
-    if not isinstance(out_proj, torch.nn.Linear) or not isinstance(out_proj.weight, torch.Tensor):
-        return f"its out_proj is a {type(out_proj).__module__}.{type(out_proj).__name__}, which is no torch.nn.Linear"
-    weight = out_proj.weight
+    weight = _weight(module.out_proj)
+    if weight is None:
+        cls = type(module.out_proj)
+        return f"its out_proj is a {cls.__module__}.{cls.__name__}, which is no torch.nn.Linear"
     if weight.dtype not in _DTYPES:
         return f"its parameters are {weight.dtype}"
     if weight.is_cuda:
@@ -198,6 +197,12 @@ def _obstacle(module: torch.nn.MultiheadAttention) -> str | None:
         if module.head_dim > _cuda.MAX_HEAD_DIM:
             return f"its head dimension is {module.head_dim}, above {_cuda.MAX_HEAD_DIM} on CUDA"
     return None
+
+
+def _weight(out_proj: Any) -> torch.Tensor | None:
+    """The weight of a linear layer. A quantized one has it packed, and a method in its place."""
+    weight = getattr(out_proj, "weight", None)
+    return weight if isinstance(out_proj, torch.nn.Linear) and isinstance(weight, torch.Tensor) else None
 
 
 # --- Classes ---------------------------------------------------------------------------------------------------------

@@ -48,6 +48,9 @@ class Case:
     kv_lengths: tuple[int, ...] | None = None
     dropout_p: float = 0.0
 
+    w: str | None = None  # additive scores: "h", a row for each head, or "", one for all
+    magnitude: float = 1.0  # of the elements of q and k
+
     layout: str = "contiguous"
     heavy: bool = False  # long sequences, for what only they reach: tests run these in few dtypes
 
@@ -67,6 +70,8 @@ class Case:
     def id(self) -> str:
         """What a reader needs, and unlike every other case's: causal-win3_all-Lq127-Lk129-D64-gqa4."""
         parts: list[str] = []
+        if self.w is not None:
+            parts.append(f"additive{'_h' if self.w else ''}")
         if self.causal:
             parts.append("topleft" if self.causal == "top_left" else "causal")
         if self.window is not None:
@@ -89,6 +94,8 @@ class Case:
             parts.append("lens" + "_".join(map(str, self.kv_lengths)))
         if self.dropout_p:
             parts.append(f"drop{self.dropout_p:g}")
+        if self.magnitude != 1.0:
+            parts.append(f"size{self.magnitude:g}")
         parts = parts or ["dense"]
         parts += [f"Lq{self.Lq}", f"Lk{self.Lk}", f"D{self.D}"]
         if self.value_dim != self.D:
@@ -111,7 +118,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """The tensors of a case; `kwargs` go to fastattn.attention as they are."""
+    """The tensors of a case; `kwargs` go to fastattn.attention as they are, or with a w to additive_attention."""
 
     q: Tensor
     k: Tensor
@@ -121,9 +128,9 @@ class Inputs:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def differentiable(self) -> dict[str, Tensor]:
-        """What has a gradient, by name: q, k, v and, where the case has them, bias and sinks."""
+        """What has a gradient, by name: q, k, v and, where the case has them, bias, sinks and w."""
         named = {"q": self.q, "k": self.k, "v": self.v}
-        return named | {name: self.kwargs[name] for name in ("bias", "sinks") if self.kwargs.get(name) is not None}
+        return named | {name: self.kwargs[name] for name in ("bias", "sinks", "w") if self.kwargs.get(name) is not None}
 
     def require_grad(self) -> Inputs:
         for x in self.differentiable().values():
@@ -207,6 +214,8 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
                   randn(B, Hq, Lq, case.value_dim))
     )  # fmt: skip
     d_lse = randn(B, Hq, Lq).to(accumulator(dtype))
+    if case.magnitude != 1.0:
+        q, k = q * case.magnitude, k * case.magnitude
 
     layout = case.layout
     only_keys = layout in ("expanded", "repeated_keys")
@@ -240,6 +249,10 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
         kwargs["kv_lengths"] = torch.tensor(case.kv_lengths, dtype=torch.int32)
     if case.dropout_p:
         kwargs["dropout_p"] = case.dropout_p
+    if case.w is not None:
+        kwargs["w"] = randn(*case.sizes(case.w), case.D).to(dtype)
+        if layout != "contiguous":
+            kwargs["w"] = kwargs["w"].mT.contiguous().mT if case.w else torch.stack([kwargs["w"]] * 2, 1)[:, 0]
     return Inputs(q, k, v, d_o, d_lse, kwargs)
 
 
@@ -468,6 +481,40 @@ CASES: list[Case] = _unique(
     + _many_rows()
     + _long()
 )
+
+
+def _additive() -> list[Case]:
+    """Additive scores: with every mask that they can have, tiles straddled both ways, and numbers that overflow exp."""
+    cases = []
+    lengths = (1, 15, 16, 17, 64, 65, 97)
+    kinds = (False, "top_left", "bottom_right")
+    for n, Lq in enumerate(lengths):
+        for m, Lk in enumerate(lengths):
+            D = (5, 16, 32)[(n + 2 * m) % 3]
+            cases.append(Case(Lq, Lk, D=D, Hkv=1 + m % 2, causal=kinds[(n + m) % 3], w="h" if (n + m) % 2 else ""))
+    for n, D in enumerate(DIMS):
+        cases.append(Case(35, 53, D=D, Dv=DIMS[(n + 5) % len(DIMS)], w="h"))
+        cases.append(Case(1, 40, D=D, gqa=3, w=""))
+    small: dict[str, Any] = {"Lq": 19, "Lk": 70, "D": 8, "B": 2, "gqa": 2, "w": "h"}
+    cases += [Case(**small, mask=shape) for shape in ("bhqk", "11qk", "b11k", "1hq1", "k", "")]
+    cases += [Case(70, 131, D=16, B=2, mask=shape, mask_values=values, causal=causal, w="h")
+              for shape, values, causal in (("11qk", "rows", False), ("bhqk", "blocks", "bottom_right"),
+                                            ("b11k", "padding", False), ("11qk", "none", "top_left"))]  # fmt: skip
+    cases += [Case(19, 70, D=16, B=3, kv_lengths=n, causal=causal, w="")
+              for n in ((0, 1, 69), (64, 65, 16)) for causal in kinds]  # fmt: skip
+    cases += [Case(70, 131, D=16, B=2, dropout_p=p, gqa=2, w="h") for p in (0.1, 0.9, 1.0)]
+    cases.append(Case(3, 70, D=32, dropout_p=0.5, causal="bottom_right", kv_lengths=(60,), w=""))
+    cases += [Case(35, 66, D=16, Dv=24, B=2, gqa=2, mask="b1qk", layout=layout, w=w)
+              for layout in LAYOUTS[1:] for w in ("", "h")]  # fmt: skip
+    # tanh is 1 from 9.5 on in float32, exp(2 x) is infinite from 44 on.
+    cases += [Case(Lq, 53, D=24, magnitude=size, causal="top_left", w="h")
+              for size in (1e-3, 0.1, 5.0, 15.0, 40.0, 200.0) for Lq in (1, 35)]  # fmt: skip
+    # The backward pass takes 512 rows at a time, and keys in chunks.
+    cases += [Case(530, 70, D=8, Hkv=1, w=""), Case(40, 530, D=8, Hkv=1, B=2, kv_lengths=(520, 250), w="h")]
+    return cases
+
+
+ADDITIVE_CASES: list[Case] = _unique(_additive())
 
 
 def find(case_id: str) -> Case:

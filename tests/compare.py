@@ -21,11 +21,11 @@ from torch import Tensor
 import fastattn
 from fastattn import reference
 from fastattn._ops import draw_rng_state
-from fastattn.reference._attention import existing
+from fastattn.reference._attention import existing, softmax
 
 from .cases import Case, Inputs, accumulator, make_inputs
 
-Quantities = dict[str, Tensor]  # "o", "lse", "dq", "dk", "dv" and, where the case has them, "dbias", "dsinks"
+Quantities = dict[str, Tensor]  # "o", "lse", "dq", "dk", "dv" and, where the case has them, "dbias", "dsinks", "dw"
 
 
 def gradients(o: Tensor, lse: Tensor, inputs: Inputs) -> Quantities:
@@ -47,12 +47,14 @@ def dropout_keep(case: Case, seed: int) -> Tensor | None:
 def compute(inputs: Inputs, seed: int = 0) -> Quantities:
     """By fastattn."""
     torch.manual_seed(seed)
-    o, lse = fastattn.attention(inputs.q, inputs.k, inputs.v, return_lse=True, **inputs.kwargs)
+    attend: Any = fastattn.additive_attention if "w" in inputs.kwargs else fastattn.attention
+    o, lse = attend(inputs.q, inputs.k, inputs.v, return_lse=True, **inputs.kwargs)
     return gradients(o, lse, inputs)
 
 
 def _compute_by_reference(inputs: Inputs, keep: Tensor | None) -> Quantities:
-    o, lse = reference.attention(inputs.q, inputs.k, inputs.v, return_lse=True, dropout_keep=keep, **inputs.kwargs)
+    attend: Any = reference.additive_attention if "w" in inputs.kwargs else reference.attention
+    o, lse = attend(inputs.q, inputs.k, inputs.v, return_lse=True, dropout_keep=keep, **inputs.kwargs)
     return gradients(o, lse, inputs)
 
 
@@ -100,6 +102,79 @@ class Terms:
     through_o: Spread  # from the roundings of o and of the weights in the inputs' dtype
 
 
+def dot_error2(a: Tensor, b: Tensor) -> Tensor:
+    """Of the products of a's rows and b's, (..., N, D) and (..., M, D): see rounding_terms."""
+    return (1 + a.shape[-1] / 2) * (a.square() @ b.square().mT)
+
+
+def matmul_error2(a: Tensor, a_error2: Tensor, b: Tensor, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """Of reduce(a @ b), where a is off by a_error2 already."""
+    return reduce(a_error2 @ b.square()) + reduce(a.abs() @ b.abs()).square() / 2
+
+
+class DotScores:
+    """Rounding errors of scale * q . k, and of what flows back through it; k has been repeated for the query heads."""
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float, heads_per_key: int) -> None:
+        self.q, self.k, self.scale, self.heads_per_key = q, k, scale, heads_per_key
+        self.error2 = scale**2 * (dot_error2(q, k) + (q @ k.mT).square())
+
+    def sum_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, max(self.heads_per_key, 1))).sum(2)
+
+    def sums2(self, ds: Tensor, ds_error2: Tensor) -> dict[str, Tensor]:
+        """Of the gradients, from the gradient ds of the scores and its errors."""
+        return {
+            "dq": self.scale**2 * matmul_error2(ds, ds_error2, self.k),
+            "dk": self.scale**2 * matmul_error2(ds.mT, ds_error2.mT, self.q, self.sum_heads),
+        }
+
+    def through_o2(self, p: Tensor, moved2: Tensor) -> dict[str, Tensor]:
+        """Of the gradients, where each row's delta is off by moved2 (B, Hq, Lq, 1)."""
+        return {
+            "dq": self.scale**2 * moved2 * (p @ self.k).square(),
+            "dk": self.scale**2 * self.sum_heads(p.square().mT @ (moved2 * self.q.square())),
+        }
+
+
+class AdditiveScores(DotScores):
+    """The same for w . tanh(q + k); w is (Hq, D) or (D,).
+
+    A tanh near 0 errs as much as one near 1, for it is taken as 1 - 2 / (1 + exp(2q) exp(2k)): about 1.5 units. Its
+    derivative 1 - tanh^2 errs as much.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, w: Tensor, heads_per_key: int) -> None:
+        self.heads_per_key, self.w = heads_per_key, w
+        self.t = torch.tanh(q.unsqueeze(3) + k.unsqueeze(2))  # (B, Hq, Lq, Lk, D)
+        self.w2 = w.square().view(-1, 1, 1, w.shape[-1])
+        s = (self.t * w.view(-1, 1, 1, w.shape[-1])).sum(-1)
+        self.error2 = (2 + w.shape[-1] / 2) * self.w2.sum(-1) + s.square()
+
+    def _sum_to_w(self, x: Tensor) -> Tensor:
+        """(B, Hq, ..., D) to w's shape."""
+        return x.sum([d for d in range(x.dim() - 1) if d != 1]).sum_to_size(self.w.shape)
+
+    def sums2(self, ds: Tensor, ds_error2: Tensor) -> dict[str, Tensor]:
+        ds, ds_error2, slope2 = ds.unsqueeze(-1), ds_error2.unsqueeze(-1), self.w2 * (1 - self.t.square()).square()
+        error2 = ds_error2 * slope2 + 2 * ds.square() * self.w2
+        size = ds.abs() * slope2.sqrt()
+        of_w = ds_error2 * self.t.square() + 2 * ds.square()
+        return {
+            "dq": error2.sum(3) + size.sum(3).square() / 2,
+            "dk": self.sum_heads(error2.sum(2)) + self.sum_heads(size.sum(2)).square() / 2,
+            "dw": self._sum_to_w(of_w) + self._sum_to_w(ds.abs() * self.t.abs()).square() / 2,
+        }
+
+    def through_o2(self, p: Tensor, moved2: Tensor) -> dict[str, Tensor]:
+        p, slope2 = p.unsqueeze(-1), self.w2 * (1 - self.t.square()).square()
+        return {
+            "dq": moved2 * (p * slope2.sqrt()).sum(3).square(),
+            "dk": self.sum_heads((moved2.unsqueeze(-1) * p.square() * slope2).sum(2)),
+            "dw": self._sum_to_w(moved2 * (p * self.t).sum(3).square()),
+        }
+
+
 def rounding_terms(inputs: Inputs, keep: Tensor | None) -> dict[str, Terms]:
     """The rounding errors to expect in each quantity, from the exact values.
 
@@ -118,28 +193,28 @@ def rounding_terms(inputs: Inputs, keep: Tensor | None) -> dict[str, Terms]:
     q, k, v, d_o, d_lse = (x.detach().double() for x in (inputs.q, inputs.k, inputs.v, inputs.d_o, inputs.d_lse))
     kwargs = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.kwargs.items()}
     dropout_p = kwargs.pop("dropout_p", 0.0)
-    bias, sinks, scale = kwargs.get("bias"), kwargs.get("sinks"), kwargs.get("scale")
-    scale = abs(q.shape[-1] ** -0.5 if scale is None else scale)
-    p = reference.weights(q, k, **kwargs, dtype=torch.float64)
-    _, lse = reference.attention(q, k, v, **kwargs, return_lse=True, dtype=torch.float64)
+    bias, sinks, scale, w = (kwargs.get(name) for name in ("bias", "sinks", "scale", "w"))
+    if w is None:
+        s = reference.scores(q, k, **{name: x for name, x in kwargs.items() if name != "sinks"}, dtype=torch.float64)
+    else:
+        s = reference.additive_scores(q, k, **kwargs, dtype=torch.float64)
+    p, lse = softmax(s, sinks)
     lse = lse.masked_fill(lse == -math.inf, 0)
     z = torch.ones_like(p) if keep is None else reference.dropped(torch.ones_like(p), keep, dropout_p)
     G = q.shape[1] // max(k.shape[1], 1)
     k, v = (existing(x, kwargs.get("kv_lengths")).repeat_interleave(G, 1) for x in (k, v))
 
-    def sum_heads(x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, max(G, 1))).sum(2)
+    if w is None:
+        scores = DotScores(q, k, abs(q.shape[-1] ** -0.5 if scale is None else scale), G)
+    else:
+        scores = AdditiveScores(q, k, w.double(), G)
 
     def sum_to_bias(x: Tensor) -> Tensor:
         assert bias is not None
         return x.sum_to_size((1,) * (4 - bias.dim()) + bias.shape)
 
-    def dot_error2(a: Tensor, b: Tensor) -> Tensor:
-        return (1 + a.shape[-1] / 2) * (a.square() @ b.square().mT)
-
-    s = reference.scores(q, k[:, ::G] if G else k, **{name: x for name, x in kwargs.items() if name != "sinks"})
     below_max = (s - s.amax(-1, keepdim=True)).abs().nan_to_num(nan=0.0, posinf=0.0) if k.shape[2] else s
-    c2 = scale**2 * (dot_error2(q, k) + (q @ k.mT).square()) + below_max.square()
+    c2 = scores.error2 + below_max.square()
 
     pz, dp = p * z, z * (d_o @ v.mT)
     o = pz @ v
@@ -149,23 +224,14 @@ def rounding_terms(inputs: Inputs, keep: Tensor | None) -> dict[str, Terms]:
     ds_error2 = p.square() * (z.square() * dot_error2(d_o, v) + delta_error2) + ds.square() * c2
     pz_error2 = pz.square() * (1 + c2)
 
-    def matmul_error2(
-        a: Tensor, a_error2: Tensor, b: Tensor, reduce: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> Tensor:
-        return reduce(a_error2 @ b.square()) + reduce(a.abs() @ b.abs()).square() / 2
-
     sums2 = {
         "o": matmul_error2(pz, pz_error2, v),
         "lse": (p.square() * (1 + c2)).sum(-1),
-        "dq": scale**2 * matmul_error2(ds, ds_error2, k),
-        "dk": scale**2 * matmul_error2(ds.mT, ds_error2.mT, q, sum_heads),
-        "dv": matmul_error2(pz.mT, pz_error2.mT, d_o, sum_heads),
+        "dv": matmul_error2(pz.mT, pz_error2.mT, d_o, scores.sum_heads),
+        **scores.sums2(ds, ds_error2),
     }
     moved2 = (d_o * o).square().sum(-1, keepdim=True) + (p * dp).square().sum(-1, keepdim=True)
-    through_o2 = {
-        "dq": scale**2 * moved2 * (p @ k).square(),
-        "dk": scale**2 * sum_heads(p.square().mT @ (moved2 * q.square())),
-    }
+    through_o2 = scores.through_o2(p, moved2)
     if bias is not None:
         sums2["dbias"] = sum_to_bias(ds_error2) + sum_to_bias(ds.abs()).square() / 2
         sums_keys = bias.dim() == 0 or bias.shape[-1] == 1

@@ -312,6 +312,24 @@ def test_two_bool_masks_are_not_joined(calls_of_attention: list[dict[str, Any]])
     assert call["bias"].shape == (N, 1, 1, L)
 
 
+def test_float_masks_let_tiles_be_skipped(calls_of_attention: list[dict[str, Any]]) -> None:
+    ours = MultiheadAttention(E, H, batch_first=True)
+    x = torch.randn(N, L, E)
+    padding = torch.zeros(N, L).masked_fill(torch.arange(L) >= torch.tensor([[L], [3], [2]]), -math.inf)
+    causal = torch.zeros(L, L).masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
+    for options, shape in (
+        ({"key_padding_mask": padding}, (N, 1, 1, L)),
+        ({"attn_mask": causal}, (1, 1, L, L)),
+        ({"attn_mask": causal, "key_padding_mask": padding}, (1, 1, L, L)),
+    ):
+        ours(x, x, x, **options, need_weights=False)
+        mask = calls_of_attention[-1]["mask"]
+        assert mask.shape == shape
+        assert torch.equal(mask.view(-1, L), (options.get("attn_mask", padding) == 0).view(-1, L))
+    ours(x, x, x, attn_mask=causal.expand(N * H, L, L), need_weights=False)
+    assert calls_of_attention[-1]["mask"] is None
+
+
 def test_one_projection_without_copies(calls_of_attention: list[dict[str, Any]]) -> None:
     ours = MultiheadAttention(E, H, batch_first=True)
     x = torch.randn(N, L, E)

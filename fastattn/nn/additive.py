@@ -38,7 +38,7 @@ class AdditiveScoreAttention(ProjectedKeysAttention):
         if not need_weights:
             return output
         p = additive_weights(q, k, w, mask=mask, kv_lengths=kv_lengths, causal=causal)
-        return output, per_row(p.to(q.dtype), query)
+        return output, per_row(p.to(o.dtype), query)
 
 
 class AdditiveAttention(AdditiveScoreAttention):
@@ -182,7 +182,8 @@ class AdditiveAttention(AdditiveScoreAttention):
             value: (B, Lk, value_dim); None = the keys. Projected keys have theirs already.
             mask: Bool, **True = keep** (unlike torch.nn.MultiheadAttention): (B, Lk) for padding, (B, Lq, Lk) or
                 (B, H, Lq, Lk); each dimension may be 1.
-            kv_lengths: (B,), int32: the number of keys that exist. What lies beyond is not read.
+            kv_lengths: (B,), int32: the number of keys that exist. Values beyond are not read; keys beyond are
+                projected like the others, so they must be finite for the gradients of the projection.
             causal: As in fastattn.attention.
             need_weights: Whether to compute and return the weights, with plain operations in O(B Lq Lk attn_dim)
                 memory: for looking at.

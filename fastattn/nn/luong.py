@@ -179,7 +179,8 @@ class LuongAttention(AdditiveScoreAttention):
             value: (B, Lk, Ev); None = the keys. Projected keys have theirs already.
             mask: Bool, **True = keep** (unlike torch.nn.MultiheadAttention): (B, Lk) for padding, (B, Lq, Lk) or
                 (B, 1, Lq, Lk); each dimension may be 1.
-            kv_lengths: (B,), int32: the number of keys that exist. What lies beyond is not read.
+            kv_lengths: (B,), int32: the number of keys that exist. What lies beyond is not read, but for the projection
+                of "concat", for whose gradients the keys must be finite.
             causal: As in fastattn.attention.
             need_weights: Whether to compute and return the weights, with plain operations: for looking at.
 
@@ -201,4 +202,4 @@ class LuongAttention(AdditiveScoreAttention):
         if not need_weights:
             return output
         p = dot_weights(q, k, scale=1.0, mask=mask, kv_lengths=kv_lengths, causal=causal)
-        return output, per_row(p.to(q.dtype), query)
+        return output, per_row(p.to(o.dtype), query)
