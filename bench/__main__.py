@@ -11,9 +11,11 @@ SUITES = {
     "full": "every case of the table in every dtype and direction",
     "targets": "what the library is held to: target, measured, met or missed",
     "sweep": "hundreds of shapes, and where the advantage over SDPA is smallest",
+    "textbook": "additive and hard attention, summaries and a transformer's layer against plain PyTorch, torch.compile "
+    "and keras; how time and memory grow with the length",
     "cuda-targets": "what the kernels for GPUs are held to, against each of PyTorch's own",
 }
-ON_CUDA = ("default", "full", "cuda-targets")
+ON_CUDA = ("default", "full", "textbook", "cuda-targets")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,6 +65,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--suite cuda-targets needs --device cuda")
     if options.device == "cuda" and options.suite not in ON_CUDA:
         parser.error(f"--suite {options.suite} is for the CPU; with --device cuda there are {', '.join(ON_CUDA)}")
+    if options.suite == "textbook" and options.peers is not None:
+        parser.error("--peers is not for --suite textbook, which has its own")
     return options
 
 

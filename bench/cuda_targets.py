@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from bench import textbook
 from bench.cases import BIAS_CASE, WINDOW_CASE, Job, decode_case, on_cuda, training_case
 from bench.measure import Meter, OursFailed, Row, WrongResult, in_words, measure
 from bench.peers import BASELINE, OURS, PEERS
-from bench.targets import AT_LEAST, Target, wrong_target
+from bench.targets import AT_LEAST, Target, judge_textbook, wrong_target
+from bench.textbook_peers import ATTENTION, COMPILED, EAGER, Problem
 from tests.cases import BENCH_CASES
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -37,6 +39,7 @@ class Context:
     say: Callable[[str], None]
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)  # where ours raised
+    textbook: list[textbook.Result] = field(default_factory=list)
 
     def measure(self, job: Job, peers: Sequence[str]) -> Row | Target:
         """A row; or, where the time is over or something went wrong, what stands in its place in the table."""
@@ -60,7 +63,7 @@ class Context:
         return row
 
 
-def not_measured(job: Job, reason: str) -> Target:
+def not_measured(job: Job | Problem, reason: str) -> Target:
     return Target(job.id, "right numbers", AT_LEAST, 1, None, reason)
 
 
@@ -151,6 +154,40 @@ def flex_targets(context: Context) -> Iterator[Target]:
     return judge(context, [*jobs, Job(decode_case(8), "bfloat16")], (), {"flex": 1.0})
 
 
+_ADDITIVE, _HARD, _SUMMARY = (
+    Problem("additive", 16, 8, 512, 64, dtype="bfloat16", device="cuda"),
+    Problem("hard", 8, 16, 2048, 64, dtype="bfloat16", device="cuda"),
+    Problem("summary", 8, 16, 2048, 64, dtype="bfloat16", device="cuda"),
+)
+# As bench.targets.TEXTBOOK.
+TEXTBOOK: list[tuple[Problem, dict[str, float]]] = [
+    (_ADDITIVE, {EAGER: 10, COMPILED: 2}),
+    (replace(_ADDITIVE, direction="backward"), {EAGER: 10}),
+    (_HARD, {ATTENTION: 1.5}),
+    (_SUMMARY, {ATTENTION: 2.2}),
+]
+
+
+def textbook_targets(context: Context) -> Iterator[Target]:
+    for problem, goals in TEXTBOOK:
+        if time.monotonic() + (COMPILING_JOB_S if COMPILED in goals else JOB_S) > context.deadline:
+            yield not_measured(problem, "the time was over")
+            continue
+        context.say(problem.id)
+        try:
+            result = textbook.measure(problem, context.meter, context.budget_s, names=goals)
+        except WrongResult as wrong:
+            yield wrong_target(problem.id, wrong)
+        except OursFailed as failure:
+            context.failures.append(f"FAILED, not timed: {failure}")
+            yield not_measured(problem, f"ours failed: {failure}")
+        except Exception as failure:
+            yield not_measured(problem, f"failed: {in_words(failure)}")
+        else:
+            context.textbook.append(result)
+            yield from judge_textbook(result, goals)
+
+
 # In order of how much each is wanted: a run whose time ends has the first of them.
 GROUPS: dict[str, Callable[[Context], Iterator[Target]]] = {
     "forward": forward_targets,
@@ -158,6 +195,7 @@ GROUPS: dict[str, Callable[[Context], Iterator[Target]]] = {
     "decode": decode_targets,
     "flex": flex_targets,
     "features": feature_targets,
+    "textbook": textbook_targets,
     "table": table_targets,
 }
 

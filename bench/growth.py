@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -26,7 +27,6 @@ from torch import Tensor
 
 from bench import textbook_peers
 from bench.machine import ROOT
-from bench.measure import in_words
 from bench.memory import count_growth
 from bench.peers import OURS, Unsupported
 from bench.report import format_ms, format_ratio, text_table
@@ -41,6 +41,7 @@ BASES = {
     "summary": Problem("summary", 1, 8, 0, 64),
 }
 CALLS = 3
+FAILED = "failed: "  # a note that is no reason, but a fault, begins so
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,19 @@ def measure_point(
     return Point(**json.loads(done.stdout))
 
 
-def measure_growth(
-    lengths: Sequence[int], *, threads: int, families: Sequence[str] = tuple(BASES), say: Callable[[str], None]
-) -> Iterator[Point]:
-    for family in families:
+def measure_growth(lengths: Sequence[int], *, threads: int, say: Callable[[str], None]) -> Iterator[Point]:
+    for family in BASES:
         for name in (OURS, EAGER):
             for length in lengths:
                 say(f"growth: {family}, {name}, L={length}")
-                yield measure_point(family, name, length, threads=threads)
+                try:
+                    yield measure_point(family, name, length, threads=threads)
+                except RuntimeError as failure:  # the others are wanted all the same
+                    yield Point(family, name, length, note=FAILED + str(failure).strip().splitlines()[-1])
+
+
+def count(lengths: Sequence[int]) -> int:
+    return len(BASES) * 2 * len(lengths)
 
 
 def table(points: Sequence[Point]) -> str:
@@ -148,9 +154,11 @@ def main() -> None:
     except Unsupported as reason:
         point = Point(options.family, options.name, options.length, note=str(reason))
     except RuntimeError as failure:
-        if "allocate memory" not in str(failure):  # what PyTorch says when there is none
+        asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(failure))
+        if not asked:
             raise
-        point = Point(options.family, options.name, options.length, note=f"no memory: {in_words(failure)}")
+        note = f"asks for {int(asked[1]) / 2**30:.1f} GiB, which it does not get"
+        point = Point(options.family, options.name, options.length, note=note)
     print(json.dumps(asdict(point)))
 
 

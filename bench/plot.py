@@ -18,10 +18,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from bench.cases import SHORT
 from bench.machine import Machine
 from bench.measure import Row
-from bench.peers import BASELINE
+from bench.peers import BASELINE, OURS
+from bench.report import format_ms
 
 if TYPE_CHECKING:
+    from bench.growth import Point as GrowthPoint
     from bench.sweep import Point
+    from bench.textbook import Result
 
 COLORS = {"float32": "#3b6fb6", "bfloat16": "#d9772b", "float16": "#3f9a6b"}
 ALPHA = {"forward": 1.0, "backward": 0.75, "step": 0.6}
@@ -171,6 +174,69 @@ def plot_sweep(path: Path, points: Sequence[Point], machine: Machine) -> None:
             label = "hollow: call overhead"
             handles.append(Line2D([], [], marker="o", linestyle="", color=INK, fillstyle="none", label=label))
         _headline(figure, f"{len(points)} shapes against PyTorch SDPA", machine, handles)
+        _save(figure, path)
+
+
+OTHERS = {"eager": "#3b6fb6", "compiled": "#d9772b", "keras": "#3f9a6b", "attention": "#8a6fb0"}
+
+
+def plot_textbook(path: Path, results: Sequence[Result], machine: Machine) -> None:
+    """How many times as long the others take (log scale); fastattn.attention does less, and may be below 1."""
+    bars = [(result, name) for result in results for name in OTHERS if name in result.timings]
+    ratios = [result.ratio(name) or 1.0 for result, name in bars]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(11, HEAD_INCHES + 0.75 + 0.27 * len(bars)))
+        for y, ((result, name), ratio) in enumerate(zip(bars, ratios, strict=True)):
+            axes.barh(y, ratio - 1, left=1, height=0.7, color=OTHERS[name])
+            text = f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×"
+            text += f"  ({format_ms(result.timings[OURS].median_ms)} ms)"
+            place = (max(ratio, 1.0), y)
+            axes.annotate(text, place, (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(min([1.0, *ratios]) * 0.9, max([2.0, *ratios]) * 3)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.axvline(1, color=INK, linewidth=1)
+        axes.set_xlabel("time of the others, in units of fastattn's (in brackets)")
+        labels = [result.problem.id if name == first_of(result) else "" for result, name in bars]
+        axes.set_yticks(range(len(bars)), labels)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.grid(axis="x", color=FAINT, linewidth=0.6, alpha=0.6)
+        axes.set_axisbelow(True)
+        there = {name for _, name in bars}
+        handles = [Patch(color=color, label=name) for name, color in OTHERS.items() if name in there]
+        _headline(figure, "Attentions of the textbooks", machine, handles)
+        _save(figure, path)
+
+
+def first_of(result: Result) -> str:
+    return next(name for name in OTHERS if name in result.timings)
+
+
+def plot_growth(path: Path, points: Sequence[GrowthPoint], machine: Machine) -> None:
+    """Time and extra memory by length, both log scale: a column for each family, ours and plain code."""
+    families = list(dict.fromkeys(point.family for point in points))
+    styles = {"fastattn": ("#d9772b", "o"), "eager": ("#3b6fb6", "s")}
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(2, len(families), figsize=(11, 6.4), squeeze=False, sharex="col")
+        for column, family in enumerate(families):
+            for name, (color, marker) in styles.items():
+                found = [point for point in points if (point.family, point.name) == (family, name) and point.ms]
+                lengths = [point.length for point in found]
+                megabytes = [max(point.extra_bytes or 0, 1 << 16) / 2**20 for point in found]  # a page or two is noise
+                grid[0][column].plot(lengths, [point.ms for point in found], color=color, marker=marker)
+                grid[1][column].plot(lengths, megabytes, color=color, marker=marker)
+            grid[0][column].set_title(family)
+            grid[1][column].set_xlabel("length")
+            for axes in (grid[0][column], grid[1][column]):
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.grid(color=FAINT, linewidth=0.6, alpha=0.6)
+        grid[0][0].set_ylabel("ms")
+        grid[1][0].set_ylabel("MiB beyond inputs and results")
+        handles = [Line2D([], [], color=color, marker=marker, label=name) for name, (color, marker) in styles.items()]
+        _headline(figure, "Growth with the length", machine, handles)
         _save(figure, path)
 
 

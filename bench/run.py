@@ -21,9 +21,24 @@ from typing import Any
 
 import torch
 
-from bench import cases, cuda, cuda_targets, machine, measure, model, peak, peers, report, sweep, targets
+from bench import (
+    cases,
+    cuda,
+    cuda_targets,
+    growth,
+    machine,
+    measure,
+    model,
+    peak,
+    peers,
+    report,
+    sweep,
+    targets,
+    textbook,
+)
 from bench.cases import Job
 from bench.progress import Progress
+from bench.textbook_peers import ATTENTION, EAGER, Problem
 
 RESULTS = Path(__file__).resolve().parent / "results" / "local"
 NO_PLOT = "none"
@@ -41,6 +56,14 @@ def chosen_jobs(options: argparse.Namespace) -> list[Job]:
     else:
         jobs = cases.default_jobs() if options.device == "cpu" else cases.cuda_default_jobs()
     return cases.select(jobs, pattern=options.case, dtypes=options.dtype, directions=options.direction)
+
+
+def chosen_problems(options: argparse.Namespace) -> list[Problem]:
+    if options.quick and not options.case:
+        problems = textbook.quick_problems(options.device)
+    else:
+        problems = textbook.problems() if options.device == "cpu" else textbook.cuda_problems()
+    return textbook.select(problems, pattern=options.case, dtypes=options.dtype, directions=options.direction)
 
 
 def chosen_groups(options: argparse.Namespace, groups: Collection[str]) -> list[str]:
@@ -182,6 +205,44 @@ class Run:
         progress.result(reason)
         return None
 
+    def time_textbook(self, problems: list[Problem], names: Collection[str] | None = None) -> None:
+        """names: who is timed beside ours; None: everybody."""
+        results: list[textbook.Result] = []
+        self.sections["textbook"] = lambda: [textbook.as_dict(result) for result in results]
+        with self.until_stopped(), Progress("case", len(problems)) as progress:
+            for problem in problems:
+                progress.say(problem.id)
+                try:
+                    result = textbook.measure(problem, self.meter, self.budget_s, names=names, on_step=progress.say)
+                except Exception as failure:  # the others are wanted all the same
+                    self.failures.append(textbook.failure_line(problem, failure))
+                    progress.result(self.failures[-1])
+                else:
+                    results.append(result)
+                    progress.result(textbook.line(result))
+                    self.save()
+                progress.advance()
+        if results:
+            print("\n".join([textbook.TITLE, textbook.table(results), *textbook.notes(results)]), flush=True)
+            path = self.plot if self.options.suite == "textbook" else self.second_plot("textbook")
+            self.draw_later(path, lambda plot, path: plot.plot_textbook(path, results, self.machine))
+
+    def measure_growth(self) -> None:
+        """How time and memory grow with the length, on a CPU: each point is a process of its own."""
+        points: list[growth.Point] = []
+        self.sections["growth"] = lambda: [growth.as_dict(point) for point in points]
+        lengths = growth.QUICK_LENGTHS if self.options.quick else growth.LENGTHS
+        with self.until_stopped(), Progress("point", growth.count(lengths)) as progress:
+            for point in growth.measure_growth(lengths, threads=self.threads, say=progress.say):
+                points.append(point)
+                if point.note.startswith(growth.FAILED):
+                    self.failures.append(f"{point.name}, {point.family}, L={point.length}: {point.note}")
+                progress.advance()
+                self.save()
+        if points:
+            print("\n" + growth.table(points), flush=True)
+            self.draw_later(self.second_plot("growth"), lambda plot, path: plot.plot_growth(path, points, self.machine))
+
     def time_sweep(self, jobs: list[Job], total_s: float, plot_path: Path | None) -> None:
         result = sweep.Sweep([], len(jobs))
         self.sections["sweep"] = result.as_dict
@@ -227,6 +288,7 @@ class Run:
         assert isinstance(self.meter, peak.PeakMeter)
         with Progress("step") as progress:
             context = targets.Context(self.meter, self.budget_s, sweep_s, step_by_step(progress))
+            self.sections["textbook"] = lambda: [textbook.as_dict(result) for result in context.textbook]
             judged = self.collect_targets(targets.run_targets(context, groups), context.rows, progress)
         self.report_targets(judged, context.rows)
         if context.sweep:
@@ -238,6 +300,7 @@ class Run:
         with Progress("step") as progress:
             say = step_by_step(progress)
             context = cuda_targets.Context(self.meter, self.budget_s, self.deadline, self.copy_gbytes, say)
+            self.sections["textbook"] = lambda: [textbook.as_dict(result) for result in context.textbook]
             judged = self.collect_targets(cuda_targets.run_targets(context, groups), context.rows, progress)
         if context.rows:
             print(report.cuda_case_table(context.rows), end="\n\n")
@@ -322,11 +385,12 @@ def run(options: argparse.Namespace) -> int:
     if options.suite in groups and options.list:
         print("\n".join(groups[options.suite]))
         return 0
-    jobs = [] if options.suite in groups else chosen_jobs(options)
+    problems = chosen_problems(options) if options.suite == "textbook" else []
+    jobs = [] if options.suite in groups or options.suite == "textbook" else chosen_jobs(options)
     if options.list:
-        print("\n".join(job.id for job in jobs))
+        print("\n".join(each.id for each in (*problems, *jobs)))
         return 0
-    if not jobs and options.suite not in groups:
+    if not jobs and not problems and options.suite not in groups:
         print("no case matches; --list prints their names", file=sys.stderr)
         return 2
     if options.device == "cuda" and (reason := cuda.obstacle()):
@@ -339,25 +403,33 @@ def run(options: argparse.Namespace) -> int:
         return 2
     print("\n".join(run.machine.lines()), end="\n\n", flush=True)
     with interrupted_by_sigterm():
-        run_suite(run, jobs)
+        run_suite(run, jobs, problems)
         return run.finish()
 
 
-def run_suite(run: Run, jobs: list[Job]) -> None:
+def run_suite(run: Run, jobs: list[Job], problems: list[Problem]) -> None:
     options = run.options
+    narrowed = options.case or options.dtype or options.direction
     if options.suite == "targets":
         run.judge_targets()
     elif options.suite == "cuda-targets":
         run.judge_cuda_targets()
+    elif options.suite == "textbook":
+        run.time_textbook(problems)
+        if not narrowed and not run.on_gpu and not run.is_stopped:
+            run.measure_growth()
     elif options.suite == "sweep":
         run.time_sweep(jobs, options.sweep_time or (20 if options.quick else 240), run.plot)
     else:
         run.time_cases(jobs)
-        narrowed = options.case or options.dtype or options.direction
         if options.suite == "default" and not narrowed and not run.on_gpu and not run.is_stopped:
             print(flush=True)
             shapes = sweep.candidates(sdpa_cap_s=0.02)
             run.time_sweep(shapes, options.sweep_time or (3 if options.quick else 20), run.second_plot("sweep"))
+            if not run.is_stopped:
+                print(flush=True)
+                short = textbook.quick_problems() if options.quick else textbook.short_problems()
+                run.time_textbook(short, (EAGER, ATTENTION))
             if not options.no_model and not run.is_stopped:
                 print(flush=True)
                 run.train()

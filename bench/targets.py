@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
+from bench import growth, textbook
 from bench import sweep as shapes
 from bench.cases import Job, visible_pairs
 from bench.measure import Row, WrongResult, error_in_bounds, expected_results, measure
 from bench.memory import measure_memory
 from bench.peak import PeakMeter, active_isa
 from bench.peers import BASELINE, OURS, PEERS
-from bench.report import text_table
+from bench.report import format_ms, text_table
+from bench.textbook import ADDITIVE, ENCODER, HARD, SUMMARY
+from bench.textbook_peers import ATTENTION, COMPILED, EAGER, TITLES, Problem
 from bench.timing import Runner, interleave
 from tests.cases import Case, bench_case
 
@@ -53,6 +56,7 @@ class Context:
     say: Callable[[str], None]
     rows: list[Row] = field(default_factory=list)
     sweep: shapes.Sweep | None = None
+    textbook: list[textbook.Result] = field(default_factory=list)
 
     def measure(self, job: Job) -> Row:
         self.say(job.id)
@@ -261,6 +265,60 @@ def sweep_targets(context: Context) -> Iterator[Target]:
     )
 
 
+# Problem, who is beside ours, and the goal: how many times as long it takes at least; or, beside attention, which does
+# less, how many times as long ours may take.
+TEXTBOOK: list[tuple[Problem, dict[str, float]]] = [
+    (ADDITIVE, {EAGER: 40, COMPILED: 6}),
+    (replace(ADDITIVE, direction="backward"), {EAGER: 15}),
+    (HARD, {ATTENTION: 1.5}),
+    (SUMMARY, {ATTENTION: 2.2}),
+    (replace(ENCODER, dropout_p=0.1), {EAGER: 1.3}),  # its default
+]
+GROWTH_LENGTH, GROWTH_BATCH, GROWTH_GIB, GROWTH_GOAL = 4096, 4, 8, 3.0
+
+
+def textbook_targets(context: Context) -> Iterator[Target]:
+    for problem, goals in TEXTBOOK:
+        context.say(problem.id)
+        try:
+            result = textbook.measure(problem, context.meter, context.budget_s, names=goals)
+        except WrongResult as wrong:
+            yield wrong_target(problem.id, wrong)
+            continue
+        context.textbook.append(result)
+        yield from judge_textbook(result, goals)
+    yield length_target(context)
+
+
+def judge_textbook(result: textbook.Result, goals: dict[str, float]) -> Iterator[Target]:
+    for name, goal in goals.items():
+        ratio = result.ratio(name)
+        detail = f"{format_ms(result.timings[OURS].median_ms)} ms, {TITLES[name]} "
+        detail += result.notes[name] if ratio is None else f"{format_ms(result.timings[name].median_ms)} ms"
+        if name == ATTENTION:
+            yield Target(result.problem.id, "time / attention", AT_MOST, goal, ratio and 1 / ratio, detail)
+        else:
+            yield Target(result.problem.id, f"x {TITLES[name]}", AT_LEAST, goal, ratio, detail)
+
+
+def length_target(context: Context) -> Target:
+    """A length that plain code has no memory for."""
+    name = f"memory beyond inputs and results, additive fp32 step, B={GROWTH_BATCH} L={GROWTH_LENGTH}"
+    context.say(name)
+    try:
+        ours, eager = (
+            growth.measure_point(
+                "additive", who, GROWTH_LENGTH, threads=torch.get_num_threads(), B=GROWTH_BATCH, at_most_gib=GROWTH_GIB
+            )
+            for who in (OURS, EAGER)
+        )
+    except (OSError, RuntimeError) as failure:
+        return Target(name, "copies of q, k, v", AT_MOST, GROWTH_GOAL, None, str(failure).partition("\n")[0])
+    detail = f"within {GROWTH_GIB} GiB: {format_ms(ours.ms)} ms" if ours.ms else ours.note
+    detail += f"; eager PyTorch {eager.note or 'can do it, too'}"
+    return Target(name, "copies of q, k, v", AT_MOST, GROWTH_GOAL, ours.extra_units, detail)
+
+
 GROUPS: dict[str, Callable[[Context], Iterator[Target]]] = {
     "table": table_targets,
     "window": window_targets,
@@ -269,6 +327,7 @@ GROUPS: dict[str, Callable[[Context], Iterator[Target]]] = {
     "threads": thread_targets,
     "overhead": overhead_targets,
     "memory": memory_targets,
+    "textbook": textbook_targets,
     "sweep": sweep_targets,
 }
 

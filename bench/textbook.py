@@ -142,6 +142,9 @@ def select(
 # ------------------------------------------------------------------------------------------------------------- reports
 
 
+TITLE = "Attentions of the textbooks. x: times as long as ours; / attention: ours in times of fastattn.attention"
+
+
 def table(results: Sequence[Result]) -> str:
     """case | ms (median, IQR) | how many times slower each of the others is | our time in units of attention's."""
     names = [name for name in (EAGER, COMPILED, KERAS) if any(name in result.timings for result in results)]
@@ -178,6 +181,13 @@ def line(result: Result) -> str:
     parts = [f"{format_ms(result.timings[OURS].median_ms)} ms"]
     parts += [f"{format_ratio(result.ratio(name))} x {name}" for name in result.timings if name != OURS]
     return f"{result.problem.id}: " + ", ".join(parts)
+
+
+def failure_line(problem: Problem, failure: Exception) -> str:
+    if isinstance(failure, WrongResult):
+        return f"WRONG, not timed: {failure}"
+    words = str(failure) if isinstance(failure, OursFailed) else f"{problem.id}: {in_words(failure)}"
+    return f"FAILED, not timed: {words}"
 
 
 def as_dict(result: Result) -> dict[str, Any]:

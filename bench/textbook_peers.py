@@ -248,12 +248,12 @@ def expected_hard(problem: Problem, inputs: Inputs, index: Tensor) -> tuple[Tens
     return tuple(x.unflatten(0, (problem.B, problem.H)) for x in stacked)
 
 
-def hard_candidate(name: str, draw: Callable[..., Hard], problem: Problem, inputs: Inputs) -> Candidate:
+def hard_candidate(name: str, attend: Callable[..., Hard], problem: Problem, inputs: Inputs) -> Candidate:
     leaves = variables(problem, inputs, "qkv")
     drawn: list[Tensor] = []  # the keys of the last forward pass
 
     def forward() -> Hard:
-        o, log_prob, index = draw(*leaves)
+        o, log_prob, index = attend(*leaves)
         drawn[:] = [index]
         return o, log_prob, index
 

@@ -87,7 +87,7 @@ class Operator:
         self._eager_call = self._eager_function(title)
         forward = (self.forward_op, self._setup_forward, self._forward_gradients)
         backward = (self.backward_op, self._setup_backward, self._backward_gradients)
-        self.functional_forward = _functional(*forward)
+        self._functional_forward = _functional(*forward)
         self._functional_backward = _functional(*backward)
         for op, setup, gradients in (forward, backward):
             torch.library.register_autograd(op.name(), gradients, setup_context=setup)
@@ -107,7 +107,7 @@ class Operator:
             # The kernels have no forward-mode derivative.
             return self._forward_mode(dict(zip(self._inputs, tensors, strict=True)), settings)
         if torch._C._are_functorch_transforms_active():
-            return self.functional_forward.apply(*tensors, *settings, True)[:-1]
+            return self._functional_forward.apply(*tensors, *settings, True)[:-1]
         if needs_grad:
             return self._eager_call(self._pick_others(tensors), settings, *differentiable)
         with torch._C._AutoDispatchBelowAutograd():
@@ -238,12 +238,12 @@ def _functional(op: Any, setup: Any, gradients: Any) -> Any:
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-            return _one_by_one(Functional.apply, info.batch_size, in_dims, inputs)
+            return one_by_one(Functional.apply, info.batch_size, in_dims, inputs)
 
     return Functional
 
 
-def _one_by_one(function: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def one_by_one(function: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     """What torch.func.vmap makes of an operator: calls for one element after the other, and their results stacked."""
     results = [
         function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))

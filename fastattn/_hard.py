@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from fastattn import _errors, _ops, reference
 from fastattn._arguments import Causal, Window, autocast, causal_code, window_sides
-from fastattn._autograd import Operator, Tensors
+from fastattn._autograd import Operator, Tensors, one_by_one
 
 _MODES = ("sample", "argmax")
 _ESTIMATORS = ("reinforce", "straight_through")
@@ -61,10 +61,37 @@ def _by_reference(tensors: Tensors, settings: tuple[Any, ...]) -> tuple[Tensor, 
     return reference.hard_attention(log_p, v, index, kv_lengths=hidden["kv_lengths"])
 
 
+class _Choice(torch.autograd.Function):
+    """The index alone, which has no derivative in any mode."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator.forward_op(*inputs, False)[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+        ctx.count = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> tuple[None, ...]:
+        return (None,) * ctx.count
+
+    @staticmethod
+    def jvp(*_: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        (index,), _ = one_by_one(lambda *x: (_Choice.apply(*x),), info.batch_size, in_dims, inputs)
+        return index, 0
+
+
 def _in_forward_mode(tensors: Tensors, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """All results, for tensors with tangents: the choice has none, and comes from the operator."""
-    primals = [x if x is None else forward_ad.unpack_dual(x).primal for x in tensors.values()]
-    index = _operator.functional_forward.apply(*primals, *settings, False)[1]
+    """All results, for tensors with tangents."""
+    choice: Any = _Choice.apply
+    index = choice(*tensors.values(), *settings)
     o, log_prob = _by_reference({**tensors, "index": index}, settings)
     return o, index, log_prob
 

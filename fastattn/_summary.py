@@ -138,6 +138,8 @@ def attention_summary(
     try:
         if isinstance(top_k, bool) or not isinstance(top_k, int):
             raise TypeError(f"fastattn: top_k is a {type(top_k).__name__}; it must be an int.")
+        if not isinstance(key_mass, bool):
+            raise TypeError(f"fastattn: key_mass is a {type(key_mass).__name__}; it must be a bool.")
         if torch._C._is_any_autocast_enabled():
             q, k, bias = autocast(q, k, bias)
         if alibi_slopes is not None:
@@ -151,7 +153,7 @@ def attention_summary(
             scale,
             0.0 if softcap is None else softcap,
             top_k,
-            bool(key_mass),
+            key_mass,
         )
         entropy, maximum, top_weights, top_indices, mass, lse = _call(tensors, settings)
     except Exception as error:

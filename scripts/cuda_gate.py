@@ -174,7 +174,7 @@ def template_parameters(headers: Iterable[str]) -> dict[str, list[tuple[str, str
     """Type, name and default of the template parameters of every struct ...Kernel in the texts of some headers."""
     found: dict[str, list[tuple[str, str, str | None]]] = {}
     for text in headers:
-        for match in re.finditer(r"(?:template <([^;{}]*)>\n)?struct (\w*Kernel) {", text):
+        for match in re.finditer(r"(?:template <([^;{}]*)>\n)?struct (\w*Kernel)(?: : [^;{}]*)? {", text):
             parameters = []
             for parameter in (match[1] or "").split(","):
                 if named := re.fullmatch(r"\s*(\w+) (\w+?)_?(?: = (\w+))?\s*", parameter):
@@ -222,7 +222,11 @@ int main() {{
 
 def read_constants(types: list[str], toolkit: cuda_build.Toolkit) -> list[Constants]:
     """The constants of the kernels' structs, by a program that prints them: it runs on the host."""
-    headers = [path for path in sorted(HEADERS.glob("*.cuh")) if re.search(r"struct \w*Kernel {", path.read_text())]
+    headers = [
+        path
+        for path in sorted(HEADERS.glob("*.cuh"))
+        if re.search(r"struct \w*Kernel(?: : [^;{}]*)? {", path.read_text())
+    ]
     source = _PROBE.format(
         includes="\n".join(f'#include "cuda/{path.name}"' for path in headers),
         calls="\n".join(f"  say<{name}>();" for name in types),
@@ -300,7 +304,7 @@ _HEAD = """# What the CUDA kernels take
 
 Registers of each kernel on each architecture, as ptxas of CUDA {toolkit} allots them; `+16 stack` adds bytes of stack
 for each thread, where a kernel has any. CTAs: how many of them the kernel asks to fit on a multiprocessor at once (its
-launch bounds). Shared: bytes of shared memory for each CTA.
+launch bounds). Shared: bytes of shared memory for each CTA, at most.
 
 `make cuda-gate` fails where a build takes more than this table says. It is written by `scripts/cuda_gate.py --update`,
 which is how a change is accepted.

@@ -18,6 +18,8 @@ LOCAL = {"LDL": "loads from local memory", "STL": "stores to local memory"}
 COLLECTIVE = ("HMMA", "LDSM", "SHFL", "BAR")
 
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@(!?\w+)\s+)?([A-Z0-9]+)(.*)")
+# Jumps that each lane takes for itself: under a predicate of its own, or to an address of its own.
+_JUMPS, _INDEXED_JUMPS = ("BRA", "BRX", "CALL", "EXIT", "JMP", "JMX", "RET"), ("BRX", "JMX")
 _TARGET = re.compile(r"0x([0-9a-f]+) ;")
 
 
@@ -26,8 +28,10 @@ class Listing:
     """How often what is looked for occurs in a kernel's machine code."""
 
     counts: Counter[str] = field(default_factory=Counter)  # of WANTED and LOCAL
-    # Of COLLECTIVE: those under a predicate of each lane's own, and those between the place where lanes may part (BSSY)
-    # and the one where they meet again (the address that it names). Code that was moved out of between is not seen.
+    # Of COLLECTIVE: those under a predicate of each lane's own, and those between the place where lanes may part and the
+    # one where they meet again. BSSY names the latter and comes first: ptxas moves it up, also between instructions of a
+    # whole warp, and lanes part at the first jump after it that not all of them may take. Code that was moved out of
+    # between is not seen.
     predicated: Counter[str] = field(default_factory=Counter)
     parted: Counter[str] = field(default_factory=Counter)
 
@@ -35,19 +39,22 @@ class Listing:
 def parse_listing(lines: Iterable[str]) -> dict[str, Listing]:
     """By function, what `cuobjdump -sass` prints."""
     listings: dict[str, Listing] = {}
-    here, meeting = Listing(), 0
+    here, announced, meeting = Listing(), 0, 0
     for line in lines:
         if "Function :" in line:
-            here, meeting = listings.setdefault(line.split(":", 1)[1].strip(), Listing()), 0
+            here, announced, meeting = listings.setdefault(line.split(":", 1)[1].strip(), Listing()), 0, 0
         elif found := _INSTRUCTION.match(line):
             address, predicate, name, rest = int(found[1], 16), found[2] or "PT", found[3], found[4]
             if name in WANTED or name in LOCAL:
                 here.counts[name] += 1
+            is_lanes_own = re.fullmatch(r"!?P\d+", predicate) is not None  # UP0 is the whole warp's
             if name in COLLECTIVE:
-                here.predicated[name] += re.fullmatch(r"!?P\d+", predicate) is not None  # UP0 is the whole warp's
+                here.predicated[name] += is_lanes_own
                 here.parted[name] += address < meeting
             elif name == "BSSY" and (target := _TARGET.search(rest)):
-                meeting = max(meeting, int(target[1], 16))
+                announced = max(announced, int(target[1], 16))
+            elif name in _INDEXED_JUMPS or (name in _JUMPS and is_lanes_own):
+                meeting = max(meeting, announced)
     return listings
 
 

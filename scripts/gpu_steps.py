@@ -315,14 +315,20 @@ def sanitized_cases() -> list[Any]:
 
 def run_all_kernels(device: str, dtypes: tuple[str, ...]) -> Reports:
     """For compute-sanitizer to watch."""
+    from tests.additive import compute_additive, first_of_each_kind, make_additive_inputs
     from tests.cases import make_inputs
     from tests.compare import compute
-    from tests.gpu import moved_inputs
+    from tests.gpu import moved, moved_inputs
 
     done = 0
     for dtype in dtypes:
         for case in sanitized_cases():
             compute(moved_inputs(make_inputs(case, getattr(torch, dtype)), torch.device(device)).require_grad())
+            done += 1
+            yield Report(summary=f"{done} cases")
+        for additive in first_of_each_kind():
+            inputs = make_additive_inputs(additive, getattr(torch, dtype))
+            compute_additive(inputs.moved(lambda x: moved(x, torch.device(device))))
             done += 1
             yield Report(summary=f"{done} cases")
     torch.ops.fastattn.dropout_mask(torch.tensor([3, 4], device=device), 1, 2, 5, 70, 0.3)

@@ -17,7 +17,9 @@ import sys
 import torch
 from torch import Tensor
 
-from .cases import CASES, Case, Inputs, make_inputs
+import fastattn
+
+from .cases import ADDITIVE_CASES, CASES, Case, Inputs, make_inputs
 from .compare import compute
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -73,7 +75,19 @@ class Guarded:
 
 def chosen() -> list[Case]:
     """One case in five, which leaves some of each kind."""
-    return [case for n, case in enumerate(CASES) if not case.heavy and n % 5 == 0]
+    return [case for n, case in enumerate([*CASES, *ADDITIVE_CASES]) if not case.heavy and n % 5 == 0]
+
+
+def compute_everything(inputs: Inputs) -> None:
+    """Attention, and of the same inputs what hard_attention and attention_summary can take."""
+    compute(inputs)
+    options = {name: x for name, x in inputs.kwargs.items() if name not in ("w", "dropout_p")}
+    fastattn.attention_summary(inputs.q, inputs.k, top_k=5, **options)
+    for name in ("bias", "softcap", "alibi_slopes", "sinks"):
+        options.pop(name, None)
+    result = fastattn.hard_attention(inputs.q, inputs.k, inputs.v, **options)
+    upstream = [inputs.d_o, inputs.d_lse]
+    torch.autograd.grad([result.output, result.log_prob], [inputs.q, inputs.k, inputs.v], upstream)
 
 
 def main(isas: list[str]) -> None:
@@ -87,23 +101,33 @@ def main(isas: list[str]) -> None:
                 for at_end in (True, False):
                     print(f"{case.id} {dtype} {isa} {'end' if at_end else 'start'}", flush=True)
                     with Guarded(at_end) as guarded:
-                        compute(guarded.inputs(original).require_grad())
+                        compute_everything(guarded.inputs(original).require_grad())
                     count += 1
     print(f"done: {count}")
 
 
 def main_emulated() -> None:
+    from .additive import ADDITIVE_CASES, make_additive_inputs
     from .emulated import compute_emulated, is_served
+    from .emulated_additive import compute_emulated_additive
 
     faulthandler.enable()
     count = 0
-    for case in filter(is_served, chosen()):
+    for case in filter(is_served, (case for case in chosen() if case.w is None)):
         for dtype in (torch.float32, torch.bfloat16):
             original = make_inputs(case, dtype)
             for at_end in (True, False):
                 print(f"{case.id} {dtype} {'end' if at_end else 'start'}", flush=True)
                 with Guarded(at_end) as guarded:
                     compute_emulated(guarded.inputs(original))
+                count += 1
+    for additive in ADDITIVE_CASES[::2]:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = make_additive_inputs(additive, dtype)
+            for at_end in (True, False):
+                print(f"{additive.id} {dtype} {'end' if at_end else 'start'}", flush=True)
+                with Guarded(at_end) as guarded:
+                    compute_emulated_additive(inputs.moved(guarded.copy))
                 count += 1
     print(f"done: {count}")
 

@@ -103,6 +103,7 @@ def test_names_of_variants() -> None:
 template <DType kType_, int kDim, bool kModified, bool kWantsDk, bool kSwizzled_ = true, bool kIsTransposed = false>
 struct SomeKernel {
 struct PlainKernel {
+struct DerivedKernel : Base<true> {
 """
     parameters = cuda_gate.template_parameters([header])
     constants = Constants("some", 128, 1, 0)
@@ -113,6 +114,7 @@ struct PlainKernel {
     assert describe("(f::DType)2, 32, true, true, true, false") == "some fp16 D32 modified"
     assert describe("(f::DType)0, 32, false, true, false, true") == "some fp32 D32 plain not swizzled istransposed"
     assert cuda_gate.describe("f::PlainKernel", constants, parameters) == "some"
+    assert {"SomeKernel", "PlainKernel", "DerivedKernel"} == set(parameters)
 
 
 def on_all(*usages: Usage) -> tuple[Usage, ...]:
@@ -261,13 +263,16 @@ def test_machine_code() -> None:
 
 
 def test_machine_code_of_whole_warps() -> None:
-    """Not under a predicate of a lane's own, and not between the place where lanes may part and where they meet."""
+    """Not under a predicate of a lane's own, and not between a lane's own jump and the place where all meet again."""
     lines = """\
         /*0010*/                   SHFL.BFLY PT, R4, R4, 0x1, 0x1f ;
         /*0020*/             @!UP0 BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0030*/              @!P0 LDSM.16.M88.4 R4, [R5] ;
         /*0040*/               @PT HMMA.16816.F32 R4, R8, R10, R4 ;
         /*0050*/                   BSSY.RECONVERGENT B0, 0x100 ;
+        /*0054*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0058*/              @UP1 BRA 0xf0 ;
+        /*005c*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0060*/               @P1 BRA 0xf0 ;
         /*0070*/                   BSSY B1, 0x90 ;
         /*0080*/                   BSYNC B1 ;
@@ -288,7 +293,7 @@ def test_machine_code_of_whole_warps() -> None:
     ]
     # What one function ends in says nothing of the next.
     after = ["Function : next", "        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;"]
-    cut = [f"Function : {COMBINE}", *lines.splitlines()[:5], *after]
+    cut = [f"Function : {COMBINE}", *lines.splitlines()[:9], *after]
     assert not parse_listing(cut)["next"].parted.total()
 
 

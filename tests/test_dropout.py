@@ -17,6 +17,7 @@ from fastattn._ops import draw_rng_state
 
 from .cases import Case, make_inputs
 from .compare import compute
+from .philox import philox4x32, random_words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,27 +28,6 @@ def dropout_mask(seed: int, offset: int, B: int, H: int, Lq: int, Lk: int, p: fl
 
 
 # ------------------------------------------------------------------------------------------------ Philox, once more
-
-
-def philox4x32(key: tuple[int, int], counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 after Salmon et al. (2011), on int64 tensors that hold 32-bit words."""
-    low = 0xFFFFFFFF
-
-    def multiply(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of a product that does not fit int64: in halves of 16 bits."""
-        x_high, x_low = x >> 16, x & 0xFFFF
-        upper, lower = a * x_high, a * x_low
-        middle = lower + ((upper & 0xFFFF) << 16)
-        return (upper >> 16) + (middle >> 32), middle & low
-
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        high0, low0 = multiply(0xD2511F53, c0)
-        high1, low1 = multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return c0, c1, c2, c3
 
 
 @pytest.mark.parametrize(
@@ -63,7 +43,7 @@ def philox4x32(key: tuple[int, int], counter: tuple[Tensor, ...]) -> tuple[Tenso
     ],
 )
 def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]) -> None:
-    """The generator of this file gives the known answers that the authors publish with theirs."""
+    """The generator of tests/philox.py gives the known answers that the authors publish with theirs."""
     got = philox4x32(key, tuple(torch.tensor(c) for c in counter))
     assert tuple(int(word) for word in got) == words
 
@@ -75,12 +55,7 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], wo
 def test_mask_is_philox(seed: int, offset: int, p: float) -> None:
     """Weight (b, h, i, j) is word j % 4 of the counter (j / 4, i, b H + h, offset) under the seed as key."""
     B, H, Lq, Lk = 2, 3, 19, 37
-    bh = torch.arange(B * H).view(B, H, 1, 1).expand(B, H, Lq, Lk)
-    i = torch.arange(Lq).view(1, 1, Lq, 1).expand(B, H, Lq, Lk)
-    j = torch.arange(Lk).expand(B, H, Lq, Lk)
-    low = 0xFFFFFFFF
-    words = torch.stack(philox4x32((seed & low, seed >> 32 & low), (j // 4, i, bh, torch.tensor(offset & low))))
-    word = words.gather(0, (j % 4).unsqueeze(0)).squeeze(0)
+    word = random_words(seed, offset, B, H, Lq, Lk)
     assert torch.equal(dropout_mask(seed, offset, B, H, Lq, Lk, p), word >= int(p * 2**32))
 
 

@@ -400,11 +400,15 @@ def every_kernel() -> set[str]:
 @pytest.mark.parametrize("multiprocessors", [20, 132])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_compute_sanitizer_sees_every_kernel(dtype: torch.dtype, multiprocessors: int) -> None:
+    from .additive import first_of_each_kind, make_additive_inputs
     from .emulated import compute_emulated
+    from .emulated_additive import compute_emulated_additive
 
     launched = {"dropout_mask"}  # by an operator of its own
-    for case in gpu_steps.sanitized_cases():
-        _, ran = compute_emulated(make_inputs(case, dtype), multiprocessors=multiprocessors)
+    runs = [compute_emulated(make_inputs(case, dtype), multiprocessors=multiprocessors)
+            for case in gpu_steps.sanitized_cases()]  # fmt: skip
+    runs += [compute_emulated_additive(make_additive_inputs(case, dtype)) for case in first_of_each_kind()]
+    for _, ran in runs:
         launched |= {name for run in ran.values() for name in run["kernels"]}
     assert launched == every_kernel()
 

@@ -378,8 +378,8 @@ inline void prepare_hard_statistics(const HardAttentionGradParams& hp, int64_t b
   }
 }
 
-// dV of hard attention for the keys [j0, j1) of a key head: adds dO of each row to the key that it took, in the order of
-// the rows. dv: [keys][dv_stride], cleared.
+// dV of hard attention for the keys [j0, j1) of a key head: adds dO of each row to the key that it took, in the order
+// of the rows. dv: [keys][dv_stride], cleared.
 template <class Operands>
 inline void scatter_d_o(const HardAttentionGradParams& hp, int64_t b, int64_t hkv, int64_t j0, int64_t j1, float* dv,
                         int64_t dv_stride) {

@@ -6,8 +6,8 @@
 
 namespace fastattn::cpu {
 
-// dtype must be kFloat64; what is read and written is that of their namesakes in attention.h. The result does not depend
-// on the number of threads. All throw std::bad_alloc when there is no memory for a few rows of scores.
+// dtype must be kFloat64; what is read and written is that of their namesakes in attention.h. The result does not
+// depend on the number of threads. All throw std::bad_alloc when there is no memory for a few rows of scores.
 void plain_forward_f64(const AttentionParams& params, const Parallel& parallel);
 void plain_backward_f64(const AttentionGradParams& params, const Parallel& parallel);
 void plain_hard_forward_f64(const HardAttentionParams& params, const Parallel& parallel);

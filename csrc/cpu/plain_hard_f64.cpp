@@ -1,5 +1,5 @@
-// Hard attention in float64, row by row, forward and backward; core/params.h has the formulas. The draw is written as in
-// the textbook: the largest s_j - log(e_j), e_j = -log(u_j).
+// Hard attention in float64, row by row, forward and backward; core/params.h has the formulas. The draw is written as
+// in the textbook: the largest s_j - log(e_j), e_j = -log(u_j).
 #include <cmath>
 
 #include "core/gumbel.h"

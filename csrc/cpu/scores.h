@@ -1,8 +1,8 @@
 // The scores of a block of query rows, tile by tile: the one walk over the keys that all forward computations share.
 //
-// Lanes are query rows. For each block of keys that the rows see, the walk settles what masks hide of it, computes S^T =
-// K Q^T (a scalar broadcast times a vector of rows; or additive scores) for a panel of rows at a time, applies the
-// modifiers, and takes the rows' maxima on the way. A consumer then has the panel while it is in the cache:
+// Lanes are query rows. For each block of keys that the rows see, the walk settles what masks hide of it, computes
+// S^T = K Q^T (a scalar broadcast times a vector of rows; or additive scores) for a panel of rows at a time, applies
+// the modifiers, and takes the rows' maxima on the way. A consumer then has the panel while it is in the cache:
 //
 //   forward.h    WeightedSum         softmax(S) V
 //   hard.h       Draw                one key for each row
@@ -49,7 +49,7 @@ inline ScoreScratch score_scratch(const AttentionParams& p, Arena* arena) {
   return s;
 }
 
-// What a consumer takes: the scores of nk keys, from first_key of the tile on, for NV vectors of rows from vector v0 on.
+// What a consumer takes: the scores of nk keys, from first_key of the tile on, for NV vectors of rows from v0 on.
 template <int NV>
 struct PanelScores {
   float* s;  // [nk][kPanelRows]; the consumer's to overwrite

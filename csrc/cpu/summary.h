@@ -54,18 +54,19 @@ inline SummaryScratch summary_scratch(const SummaryParams& sp, char* memory, siz
 // Inserts a key's scores into the sorted lists of a vector of rows; returns the lists' last scores. Where a score goes
 // is decided by itself, also for what it pushes down: of equal scores the lower key stays first.
 inline Vf insert_scores(float* top, uint32_t* top_key, int64_t top_k, Vf score, Vi key) {
+  constexpr int64_t kStride = 8;
+  int64_t t = 0;
+  while (t + kStride < top_k && !vany(vless(vload(top + (t + kStride - 1) * kLanes), score))) t += kStride;
   Vf carried = score, last = vzero();
-  for (int64_t t = 0; t < top_k; ++t, top += kLanes, top_key += kLanes) {
-    last = vload(top);
-    const Vm goes_before = vless(last, score);
-    if (!vany(goes_before)) continue;
-    const Vf pushed = last;
-    const Vi pushed_key = viload(top_key);
-    last = vselect(goes_before, carried, last);
-    vstore(top, last);
-    vistore(top_key, viselect(goes_before, key, pushed_key));
-    carried = vselect(goes_before, pushed, carried);
-    key = viselect(goes_before, pushed_key, key);
+  for (; t < top_k; ++t) {
+    const Vf held = vload(top + t * kLanes);
+    const Vi held_key = viload(top_key + t * kLanes);
+    const Vm goes_before = vless(held, score);
+    last = vselect(goes_before, carried, held);
+    vstore(top + t * kLanes, last);
+    vistore(top_key + t * kLanes, viselect(goes_before, key, held_key));
+    carried = vselect(goes_before, held, carried);
+    key = viselect(goes_before, held_key, key);
   }
   return last;
 }
@@ -141,8 +142,8 @@ struct Summarise {
   }
 };
 
-// Writes entropy, max_weight and the largest weights, after the sink has joined; rows.rescale is what exp(score - key_max)
-// is multiplied by.
+// Writes entropy, max_weight and the largest weights, after the sink has joined; rows.rescale is what
+// exp(score - key_max) is multiplied by.
 inline void finish_summary(const SummaryParams& sp, const ForwardItem& item, const SummaryScratch& scratch) {
   const AttentionParams& p = sp.attention;
   const RowScratch& rows = scratch.rows;

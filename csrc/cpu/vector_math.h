@@ -139,12 +139,13 @@ FASTATTN_FN void vphilox(uint64_t seed, uint32_t c0, Vi c1, uint32_t c2, uint32_
   words[3] = vijoin(x3[0], x3[1]);
 }
 
-// -log(u) of the uniform number of a word of Philox (core/gumbel.h), to about an ulp. With y = u, or 1 - u where u > 1/2:
+// -log(u) of the uniform number of a word of Philox (core/gumbel.h), to about an ulp. With y = u, or 1 - u where that
+// is less:
 //
 //   log(u) = n log(2) + log(1 + f)        f + 1 the number in [sqrt(1/2), sqrt(2)) that u is a power of two away from
 //
-// Where n is 0, f = -y, with all the digits that u = 1 - y has lost. Minimax polynomial for log(1 + f) = f + f^2 h(f), to
-// 3e-8.
+// Where n is 0, f = -y, with all the digits that u = 1 - y has lost. Minimax polynomial for log(1 + f) = f + f^2 h(f),
+// to 3e-8.
 FASTATTN_FN Vf vexponential(Vi word) {
   const Vi sign = vishift_right<31>(word);
   const Vm is_high = viequal(sign, viset(0xFFFFFFFFu));

@@ -85,8 +85,8 @@ struct RowBlocks {
   int64_t begin(int64_t block) const { return units * block / blocks * kRowUnit; }
 };
 
-// The forward item of a number in [0, B * Hq * rows.blocks). Within a head the last rows come first: under a causal mask
-// they are the longest items.
+// The forward item of a number in [0, B * Hq * rows.blocks). Within a head the last rows come first: under a causal
+// mask they are the longest items.
 inline ForwardItem forward_item(const AttentionParams& p, const RowBlocks& rows, int64_t item) {
   const int64_t head = item / rows.blocks, block = rows.blocks - 1 - item % rows.blocks;
   return {head / p.Hq, head % p.Hq, rows.begin(block), min_i64(p.Lq, rows.begin(block + 1))};

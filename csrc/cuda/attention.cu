@@ -7,7 +7,9 @@
 #include <stdexcept>
 
 #include "cuda/engine.cuh"
+#include "cuda/hard_engine.cuh"
 #include "cuda/launcher.cuh"
+#include "cuda/summary_engine.cuh"
 
 #ifndef FASTATTN_CUDA_ARCHS
 #define FASTATTN_CUDA_ARCHS "unknown"
@@ -27,6 +29,26 @@ extern template void launch_backward<DType::kBFloat16, CudaLauncher>(CudaLaunche
                                                                      const BiasGradientParams&);
 extern template void launch_backward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
                                                                     const BiasGradientParams&);
+extern template void launch_additive_forward(CudaLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_additive_backward(CudaLauncher&, const BackwardPlan&, const AdditiveBackwardParams&);
+extern template void launch_hard_forward<DType::kFloat32, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                        const HardForwardParams&);
+extern template void launch_hard_backward<DType::kFloat32, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                         const HardBackwardParams&);
+extern template void launch_summary<DType::kFloat32, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                   const SummaryKernelParams&);
+extern template void launch_hard_forward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                         const HardForwardParams&);
+extern template void launch_hard_backward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                          const HardBackwardParams&);
+extern template void launch_summary<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                    const SummaryKernelParams&);
+extern template void launch_hard_forward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                        const HardForwardParams&);
+extern template void launch_hard_backward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                         const HardBackwardParams&);
+extern template void launch_summary<DType::kFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
+                                                                   const SummaryKernelParams&);
 
 namespace {
 
@@ -95,17 +117,31 @@ std::string build_info() {
   return "cuda: " + toolkit + "\ncuda archs: " FASTATTN_CUDA_ARCHS;
 }
 
-size_t hard_forward_workspace_bytes(const HardAttentionParams&, const DeviceProperties&) { return 0; }
-size_t hard_backward_workspace_bytes(const HardAttentionGradParams&, const DeviceProperties&) { return 0; }
-size_t summary_workspace_bytes(const SummaryParams&, const DeviceProperties&) { return 0; }
-void hard_attention_forward(const HardAttentionParams&, const DeviceProperties&, void*, Stream) {
-  throw std::runtime_error("not built yet");
+size_t hard_forward_workspace_bytes(const HardAttentionParams& params, const DeviceProperties& device) {
+  return hard_forward_workspace(params, device);
 }
-void hard_attention_backward(const HardAttentionGradParams&, const DeviceProperties&, void*, Stream) {
-  throw std::runtime_error("not built yet");
+size_t hard_backward_workspace_bytes(const HardAttentionGradParams& params, const DeviceProperties& device) {
+  return hard_backward_workspace(params, device);
 }
-void attention_summary(const SummaryParams&, const DeviceProperties&, void*, Stream) {
-  throw std::runtime_error("not built yet");
+size_t summary_workspace_bytes(const SummaryParams& params, const DeviceProperties& device) {
+  return summary_workspace(params, device);
+}
+
+void hard_attention_forward(const HardAttentionParams& params, const DeviceProperties& device, void* workspace,
+                            Stream stream) {
+  CudaLauncher launcher = launcher_on(stream);
+  run_hard_forward(launcher, params, device, workspace);
+}
+
+void hard_attention_backward(const HardAttentionGradParams& params, const DeviceProperties& device, void* workspace,
+                             Stream stream) {
+  CudaLauncher launcher = launcher_on(stream);
+  run_hard_backward(launcher, params, device, workspace);
+}
+
+void attention_summary(const SummaryParams& params, const DeviceProperties& device, void* workspace, Stream stream) {
+  CudaLauncher launcher = launcher_on(stream);
+  run_summary(launcher, params, device, workspace);
 }
 
 }  // namespace fastattn::cuda

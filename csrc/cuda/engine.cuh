@@ -7,6 +7,7 @@
 #include "cuda/combine.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/heuristics.h"
+#include "cuda/launch_additive.cuh"
 #include "cuda/launch_backward.cuh"
 #include "cuda/launch_forward.cuh"
 
@@ -47,29 +48,35 @@ inline ForwardParams forward_params(const AttentionParams& a, const ForwardPlan&
   return p;
 }
 
+inline ForwardPlan forward_plan(const AttentionParams& a, const DeviceProperties& device) {
+  if (a.w) return plan_additive_forward(a, device);
+  return plan_forward(a, has_modifiers(a), device);
+}
+
 inline size_t forward_workspace(const AttentionParams& a, const DeviceProperties& device) {
   Arena arena{nullptr};
-  forward_params(a, plan_forward(a, has_modifiers(a), device), &arena);
+  forward_params(a, forward_plan(a, device), &arena);
   return arena.used;
 }
 
 template <class Launcher>
 void run_forward(Launcher& launcher, const AttentionParams& a, const DeviceProperties& device, void* workspace) {
-  const ForwardPlan plan = plan_forward(a, has_modifiers(a), device);
+  const ForwardPlan plan = forward_plan(a, device);
   Arena arena{static_cast<char*>(workspace)};
   const ForwardParams p = forward_params(a, plan, &arena);
   const int64_t combine_blocks = divide_up(a.B * a.Hq * a.Lq, 4);
+  if (a.w) launch_additive_forward(launcher, plan, p);
   switch (a.dtype) {
     case DType::kFloat32:
-      launch_forward<DType::kFloat32>(launcher, plan, p);
+      if (!a.w) launch_forward<DType::kFloat32>(launcher, plan, p);
       if (plan.splits > 1) launcher.template launch<CombineKernel<DType::kFloat32>>(combine_blocks, p);
       break;
     case DType::kBFloat16:
-      launch_forward<DType::kBFloat16>(launcher, plan, p);
+      if (!a.w) launch_forward<DType::kBFloat16>(launcher, plan, p);
       if (plan.splits > 1) launcher.template launch<CombineKernel<DType::kBFloat16>>(combine_blocks, p);
       break;
     default:
-      launch_forward<DType::kFloat16>(launcher, plan, p);
+      if (!a.w) launch_forward<DType::kFloat16>(launcher, plan, p);
       if (plan.splits > 1) launcher.template launch<CombineKernel<DType::kFloat16>>(combine_blocks, p);
       break;
   }
@@ -106,16 +113,32 @@ inline BiasGradientParams backward_params(const AttentionGradParams& g, const Ba
   return bias;
 }
 
+// For additive scores.
+inline AdditiveBackwardParams additive_backward_params(const AttentionGradParams& g, const BackwardPlan& plan,
+                                                       Arena* arena) {
+  AdditiveBackwardParams p{backward_params(g, plan, arena).backward};
+  p.dw_parts = arena->take<float>(g.forward.B * g.forward.Hq * plan.row_blocks * g.forward.D);
+  return p;
+}
+
 inline size_t backward_workspace(const AttentionGradParams& g, const DeviceProperties& device) {
   Arena arena{nullptr};
-  backward_params(g, plan_backward(g, has_modifiers(g.forward), device), &arena);
+  if (g.forward.w) {
+    additive_backward_params(g, plan_additive_backward(g.forward), &arena);
+  } else {
+    backward_params(g, plan_backward(g, has_modifiers(g.forward), device), &arena);
+  }
   return arena.used;
 }
 
 template <class Launcher>
 void run_backward(Launcher& launcher, const AttentionGradParams& g, const DeviceProperties& device, void* workspace) {
-  const BackwardPlan plan = plan_backward(g, has_modifiers(g.forward), device);
   Arena arena{static_cast<char*>(workspace)};
+  if (g.forward.w) {
+    const BackwardPlan plan = plan_additive_backward(g.forward);
+    return launch_additive_backward(launcher, plan, additive_backward_params(g, plan, &arena));
+  }
+  const BackwardPlan plan = plan_backward(g, has_modifiers(g.forward), device);
   const BiasGradientParams p = backward_params(g, plan, &arena);
   switch (g.forward.dtype) {
     case DType::kFloat32:

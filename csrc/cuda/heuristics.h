@@ -187,4 +187,38 @@ inline BackwardPlan plan_backward(const AttentionGradParams& g, bool has_modifie
   return plan;
 }
 
+// Additive scores (additive.cuh): rows that stay, rows that pass by, and columns that are in shared memory at a time.
+constexpr int kAdditiveResident = 32, kAdditiveStreamed = 64, kAdditiveColumns = 64, kAdditiveWarps = 4;
+
+// Shared memory with sums of `rows` rows of `columns` columns, which are padded to whole steps. Before them come the
+// two tiles with 16 bytes more for each row, w, flags, and the weights between the two tiles. The kernels count D and
+// Dv at run time, and so these bytes.
+constexpr int additive_shared_bytes(int rows, int64_t columns) {
+  const int tiles = (kAdditiveResident + kAdditiveStreamed) * (kAdditiveColumns + 4) * 4;
+  const int weights = kAdditiveResident * kAdditiveStreamed * 4;
+  const int sums = rows * static_cast<int>(divide_up(columns, kAdditiveColumns)) * kAdditiveColumns * 4;
+  return tiles + kAdditiveColumns * 4 + kAdditiveWarps * 4 + weights + sums;
+}
+
+inline ForwardPlan plan_additive_forward(const AttentionParams& p, const DeviceProperties& device) {
+  const int shared_bytes = additive_shared_bytes(kAdditiveResident, p.Dv);
+  ForwardPlan plan;
+  plan.row_blocks = static_cast<int>(divide_up(p.Lq, kAdditiveResident));
+  const int64_t blocks = plan.row_blocks * p.Hq * p.B;
+  const int64_t resident = device.multiprocessors * resident_blocks(shared_bytes, kAdditiveWarps, device);
+  const int64_t key_tiles = divide_up(visible_keys(p, min_i64(p.Lq, kAdditiveResident)), kAdditiveStreamed);
+  plan.splits = choose_splits(blocks, key_tiles, resident);
+  plan.blocks = blocks * plan.splits;
+  return plan;
+}
+
+inline BackwardPlan plan_additive_backward(const AttentionParams& p) {
+  BackwardPlan plan;
+  plan.key_blocks = static_cast<int>(divide_up(p.Lk, kAdditiveResident));
+  plan.row_blocks = static_cast<int>(divide_up(p.Lq, kAdditiveResident));
+  plan.key_ctas = plan.key_blocks * p.Hkv * p.B;
+  plan.query_ctas = plan.row_blocks * p.Hq * p.B;
+  return plan;
+}
+
 }  // namespace fastattn::cuda

@@ -10,6 +10,9 @@
 #include "cuda/backward_bias.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/forward.cuh"
+#include "cuda/hard_backward.cuh"
+#include "cuda/hard_forward.cuh"
+#include "cuda/summary.cuh"
 
 namespace fastattn::cuda {
 
@@ -37,6 +40,24 @@ inline std::string describe(const DropoutMaskParams& p) {
   return "rows=" + std::to_string(p.rows) + " Lk=" + std::to_string(p.Lk);
 }
 
+inline std::string describe(const HardForwardParams& p) {
+  return describe(p.walk.attention) + " splits=" + std::to_string(p.walk.splits);
+}
+inline std::string describe(const HardBackwardParams& p) { return describe(p.walk.attention); }
+inline std::string describe(const ZeroRowsParams& p) {
+  return "rows=" + std::to_string(p.rows) + " dim=" + std::to_string(p.dim);
+}
+inline std::string describe(const SummaryKernelParams& p) {
+  return describe(p.walk.attention) + " top_k=" + std::to_string(p.top_k);
+}
+
+// Bytes of shared memory for one launch: kSharedBytes, or fewer where the kernel counts columns at run time.
+template <class Kernel>
+int launch_shared_bytes(const typename Kernel::Params& params) {
+  if constexpr (requires { Kernel::shared_bytes(params); }) return Kernel::shared_bytes(params);
+  return Kernel::kSharedBytes;
+}
+
 constexpr int64_t kMaxGrid = (1LL << 31) - 1;
 constexpr int kSharedBytesByDefault = 48 * 1024;  // a kernel that wants more says so, once for each device
 
@@ -57,7 +78,7 @@ class CudaLauncher {
       void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
       error =
           cudaLaunchKernel(reinterpret_cast<const void*>(&kernel_entry<Kernel>), dim3(static_cast<unsigned>(blocks)),
-                           dim3(Kernel::kThreads), arguments, Kernel::kSharedBytes, stream_);
+                           dim3(Kernel::kThreads), arguments, launch_shared_bytes<Kernel>(params), stream_);
     }
     if (error != cudaSuccess) fail<Kernel>(blocks, params, cudaGetErrorString(error));
   }
@@ -81,8 +102,8 @@ class CudaLauncher {
   [[noreturn]] static void fail(int64_t blocks, const typename Kernel::Params& params, const std::string& reason) {
     std::ostringstream text;
     text << "the kernel " << Kernel::kName << " could not be launched: " << reason << " (" << blocks << " blocks of "
-         << Kernel::kThreads << " threads, " << Kernel::kSharedBytes << " bytes of shared memory; " << describe(params)
-         << ")";
+         << Kernel::kThreads << " threads, " << launch_shared_bytes<Kernel>(params) << " bytes of shared memory; "
+         << describe(params) << ")";
     throw std::runtime_error(text.str());
   }
 

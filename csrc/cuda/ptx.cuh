@@ -12,6 +12,9 @@
 namespace fastattn::cuda {
 
 using SharedAddress = uint32_t;  // a byte's place in the shared memory window
+struct alignas(8) U32x2 {
+  uint32_t x[2];
+};
 struct alignas(16) U32x4 {
   uint32_t x[4];
 };
@@ -160,6 +163,11 @@ FASTATTN_DEVICE U32x4 load_global_u32x4(const void* at) {
 FASTATTN_DEVICE void store_global_u32x4(void* at, U32x4 v) {
   *static_cast<uint4*>(at) = make_uint4(v.x[0], v.x[1], v.x[2], v.x[3]);
 }
+FASTATTN_DEVICE U32x2 load_global_u32x2(const void* at) {
+  const uint2 v = *static_cast<const uint2*>(at);
+  return {{v.x, v.y}};
+}
+FASTATTN_DEVICE void store_global_u32x2(void* at, U32x2 v) { *static_cast<uint2*>(at) = make_uint2(v.x[0], v.x[1]); }
 
 // ---- Numbers -------------------------------------------------------------------------------------------------------
 
@@ -175,12 +183,21 @@ FASTATTN_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Within 1 ulp; subnormal numbers count as 0, of what is given and of what comes of it: 1 / 0 = inf, 1 / inf = 0.
+FASTATTN_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // The nearest number with ten bits behind the point, ties away from zero.
 FASTATTN_DEVICE uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
+
+// The number of the lowest bit that is set, of x != 0.
+FASTATTN_DEVICE int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 
 FASTATTN_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 FASTATTN_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }

@@ -177,9 +177,11 @@ inline Options options_from(const py::kwargs& kwargs) {
   return options;
 }
 
-inline AttentionParams make_params(const py::array& q, const py::array& k, const py::array& v, const Options& options) {
+// v may be missing, where nothing takes values: Dv is 0 then.
+inline AttentionParams make_params(const py::array& q, const py::array& k, const OptionalArray& v,
+                                   const Options& options) {
   AttentionParams p;
-  const View q_view = float_view(q, "q", 4), k_view = float_view(k, "k", 4), v_view = float_view(v, "v", 4);
+  const View q_view = float_view(q, "q", 4), k_view = float_view(k, "k", 4);
   p.dtype = q_view.dtype;
   p.B = q_view.size[0];
   p.Hq = q_view.size[1];
@@ -187,11 +189,13 @@ inline AttentionParams make_params(const py::array& q, const py::array& k, const
   p.D = q_view.size[3];
   p.Hkv = k_view.size[1];
   p.Lk = k_view.size[2];
-  p.Dv = v_view.size[3];
   if (p.Hkv == 0 ? p.Hq != 0 : p.Hq % p.Hkv != 0) refuse("q's heads must be a multiple of k's.");
   p.q = rows_view(q, "q", p.dtype, {p.B, p.Hq, p.Lq, p.D}, p.q_stride).data;
   p.k = rows_view(k, "k", p.dtype, {p.B, p.Hkv, p.Lk, p.D}, p.k_stride).data;
-  p.v = rows_view(v, "v", p.dtype, {p.B, p.Hkv, p.Lk, p.Dv}, p.v_stride).data;
+  if (v) {
+    p.Dv = float_view(*v, "v", 4).size[3];
+    p.v = rows_view(*v, "v", p.dtype, {p.B, p.Hkv, p.Lk, p.Dv}, p.v_stride).data;
+  }
   p.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D)));
   p.softcap = options.softcap;
   if (options.w) {

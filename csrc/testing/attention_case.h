@@ -300,18 +300,12 @@ void broadcast_strides(const Tensor<Element>& tensor, int64_t (&out)[4]) {
   for (int dim = 0; dim < 4; ++dim) out[dim] = tensor.size[dim] == 1 ? 0 : tensor.stride[dim];
 }
 
-template <class T>
-Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
-  Results<T> r;
-  const auto output_layout = [](Layout layout) { return layout == Layout::kBroadcast ? Layout::kContiguous : layout; };
-  r.o = Tensor<T>(c.B, c.Hq, c.Lq, c.Dv, output_layout(c.layout));
-  r.dq = Tensor<T>(c.B, c.Hq, c.Lq, c.D, output_layout(c.layout));
-  r.dk = Tensor<T>(c.B, c.Hkv, c.Lk, c.D, output_layout(c.kv_layout));
-  r.dv = Tensor<T>(c.B, c.Hkv, c.Lk, c.Dv, output_layout(c.kv_layout));
-  for (auto* stat : {&r.lse, &r.row_max, &r.row_sum}) *stat = {c.B, c.Hq, c.Lq, 1, Layout::kContiguous};
+inline Layout output_layout(Layout layout) { return layout == Layout::kBroadcast ? Layout::kContiguous : layout; }
 
-  AttentionGradParams g;
-  AttentionParams& p = g.forward;
+// The arguments; results are the caller's to add.
+template <class T>
+AttentionParams make_params(const Case& c, Inputs<T>& in) {
+  AttentionParams p;
   p.dtype = Traits<T>::dtype;
   p.B = c.B;
   p.Hq = c.Hq;
@@ -339,10 +333,6 @@ Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
       p.bias_dtype = Traits<T>::dtype;
       broadcast_strides(in.bias, p.bias_stride);
     }
-    const int64_t* size = is_float32 ? in.bias32.size : in.bias.size;
-    r.d_bias = {size[0], size[1], size[2], size[3], Layout::kContiguous};
-    g.d_bias = r.d_bias.data();
-    broadcast_strides(r.d_bias, g.d_bias_stride);
   }
   if (c.mask != kNone) {
     p.mask = in.mask.data();
@@ -353,16 +343,10 @@ Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
     p.alibi_stride[0] = c.alibi & kFullB ? c.Hq : 0;
     p.alibi_stride[1] = 1;
   }
-  if (c.sinks) {
-    p.sinks = in.sinks.data();
-    r.d_sinks = {1, 1, 1, c.Hq, Layout::kContiguous};
-    g.d_sinks = r.d_sinks.data();
-  }
+  if (c.sinks) p.sinks = in.sinks.data();
   if (c.w != kNone) {
     p.w = in.w.data();
     p.w_stride = c.w & kFullH ? in.w.stride[2] : 0;
-    r.dw = {1, 1, in.w.size[2], c.D, Layout::kContiguous};
-    g.dw = r.dw.data();
   }
   if (c.kv_lengths) p.kv_lengths = in.kv_lengths.data();
   p.causal = c.causal;
@@ -371,6 +355,21 @@ Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
   p.dropout_p = c.dropout_p;
   p.seed = 0x9876543210fedcbaull;
   p.offset = 3;
+  return p;
+}
+
+template <class T>
+Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
+  Results<T> r;
+  r.o = Tensor<T>(c.B, c.Hq, c.Lq, c.Dv, output_layout(c.layout));
+  r.dq = Tensor<T>(c.B, c.Hq, c.Lq, c.D, output_layout(c.layout));
+  r.dk = Tensor<T>(c.B, c.Hkv, c.Lk, c.D, output_layout(c.kv_layout));
+  r.dv = Tensor<T>(c.B, c.Hkv, c.Lk, c.Dv, output_layout(c.kv_layout));
+  for (auto* stat : {&r.lse, &r.row_max, &r.row_sum}) *stat = {c.B, c.Hq, c.Lq, 1, Layout::kContiguous};
+
+  AttentionGradParams g;
+  AttentionParams& p = g.forward;
+  p = make_params(c, in);
   p.o = r.o.data();
   r.o.copy_strides(p.o_stride);
   p.lse = r.lse.data();
@@ -383,6 +382,20 @@ Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
   }
 
   p.lse = nullptr;
+  if (c.bias != kNone) {
+    const int64_t* size = c.bias_is_float32 && !std::is_same_v<T, double> ? in.bias32.size : in.bias.size;
+    r.d_bias = {size[0], size[1], size[2], size[3], Layout::kContiguous};
+    g.d_bias = r.d_bias.data();
+    broadcast_strides(r.d_bias, g.d_bias_stride);
+  }
+  if (c.sinks) {
+    r.d_sinks = {1, 1, 1, c.Hq, Layout::kContiguous};
+    g.d_sinks = r.d_sinks.data();
+  }
+  if (c.w != kNone) {
+    r.dw = {1, 1, in.w.size[2], c.D, Layout::kContiguous};
+    g.dw = r.dw.data();
+  }
   g.d_o = in.d_o.data();
   in.d_o.copy_strides(g.d_o_stride);
   if (c.d_lse) g.d_lse = in.d_lse.data();

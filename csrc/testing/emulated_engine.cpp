@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 
+#include "cuda/summary_engine.cuh"
 #include "testing/emulated_launcher.h"
 
 namespace fastattn::cuda {
@@ -19,6 +20,21 @@ extern template void launch_backward<DType::kBFloat16>(EmulatedLauncher&, const 
                                                        const BiasGradientParams&);
 extern template void launch_backward<DType::kFloat16>(EmulatedLauncher&, const BackwardPlan&,
                                                       const BiasGradientParams&);
+extern template void launch_additive_forward(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_additive_backward(EmulatedLauncher&, const BackwardPlan&, const AdditiveBackwardParams&);
+extern template void launch_hard_forward<DType::kFloat32>(EmulatedLauncher&, const WalkPlan&, const HardForwardParams&);
+extern template void launch_hard_backward<DType::kFloat32>(EmulatedLauncher&, const WalkPlan&,
+                                                           const HardBackwardParams&);
+extern template void launch_summary<DType::kFloat32>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
+extern template void launch_hard_forward<DType::kBFloat16>(EmulatedLauncher&, const WalkPlan&,
+                                                           const HardForwardParams&);
+extern template void launch_hard_backward<DType::kBFloat16>(EmulatedLauncher&, const WalkPlan&,
+                                                            const HardBackwardParams&);
+extern template void launch_summary<DType::kBFloat16>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
+extern template void launch_hard_forward<DType::kFloat16>(EmulatedLauncher&, const WalkPlan&, const HardForwardParams&);
+extern template void launch_hard_backward<DType::kFloat16>(EmulatedLauncher&, const WalkPlan&,
+                                                           const HardBackwardParams&);
+extern template void launch_summary<DType::kFloat16>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
 
 }  // namespace fastattn::cuda
 
@@ -54,6 +70,30 @@ Run attention_backward(const AttentionGradParams& params, const cuda::DeviceProp
   EmulatedLauncher launcher{options, os_threads, {}};
   Workspace workspace(cuda::backward_workspace(params, device));
   cuda::run_backward(launcher, params, device, workspace.data());
+  return launcher.run;
+}
+
+Run hard_attention_forward(const HardAttentionParams& params, const cuda::DeviceProperties& device,
+                           const Options& options, int os_threads) {
+  EmulatedLauncher launcher{options, os_threads, {}};
+  Workspace workspace(cuda::hard_forward_workspace(params, device));
+  cuda::run_hard_forward(launcher, params, device, workspace.data());
+  return launcher.run;
+}
+
+Run hard_attention_backward(const HardAttentionGradParams& params, const cuda::DeviceProperties& device,
+                            const Options& options, int os_threads) {
+  EmulatedLauncher launcher{options, os_threads, {}};
+  Workspace workspace(cuda::hard_backward_workspace(params, device));
+  cuda::run_hard_backward(launcher, params, device, workspace.data());
+  return launcher.run;
+}
+
+Run attention_summary(const SummaryParams& params, const cuda::DeviceProperties& device, const Options& options,
+                      int os_threads) {
+  EmulatedLauncher launcher{options, os_threads, {}};
+  Workspace workspace(cuda::summary_workspace(params, device));
+  cuda::run_summary(launcher, params, device, workspace.data());
   return launcher.run;
 }
 

@@ -24,6 +24,12 @@ Run attention_backward(const AttentionGradParams& params, const cuda::DeviceProp
                        int os_threads);
 Run dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p,
                  const Options& options, int os_threads);
+Run hard_attention_forward(const HardAttentionParams& params, const cuda::DeviceProperties& device,
+                           const Options& options, int os_threads);
+Run hard_attention_backward(const HardAttentionGradParams& params, const cuda::DeviceProperties& device,
+                            const Options& options, int os_threads);
+Run attention_summary(const SummaryParams& params, const cuda::DeviceProperties& device, const Options& options,
+                      int os_threads);
 
 // The plain bfloat16 kernel for heads of 64 with tiles that are not swizzled: what conflicts of banks would cost.
 Run attention_forward_unswizzled(const AttentionParams& params, const Options& options, int os_threads);

@@ -15,8 +15,10 @@ struct EmulatedLauncher {
   void launch(int64_t blocks, const typename Kernel::Params& params) {
     if (blocks == 0) return;
     const auto body = [](const void* arg) { Kernel::run(*static_cast<const typename Kernel::Params*>(arg)); };
+    int shared_bytes = Kernel::kSharedBytes;
+    if constexpr (requires { Kernel::shared_bytes(params); }) shared_bytes = Kernel::shared_bytes(params);
     run.kernels.push_back(Kernel::kName);
-    run.report.merge(run_grid(blocks, Kernel::kThreads, Kernel::kSharedBytes, options, os_threads, body, &params));
+    run.report.merge(run_grid(blocks, Kernel::kThreads, shared_bytes, options, os_threads, body, &params));
   }
 };
 

@@ -1,5 +1,6 @@
-// _fastattn_core: the torch-free engines for pytest. Mask geometry, Philox and every kernel of the CPU here; the CUDA
-// kernels, emulated, in module_cuda.cpp. All on NumPy arrays: see arrays.h.
+// _fastattn_core: the torch-free engines for pytest. Mask geometry, Philox and attention on the CPU here; hard
+// attention and the summary in module_hard.cpp; the CUDA kernels, emulated, in module_cuda.cpp. All on NumPy arrays:
+// see arrays.h.
 #include "testing/module.h"
 
 #include <array>
@@ -145,5 +146,7 @@ PYBIND11_MODULE(_fastattn_core, m) {
   m.def("active_isa", [] { return std::string(fastattn::cpu::isa_name(fastattn::cpu::active_isa())); });
   m.def("set_isa", &set_isa, py::arg("name"));
 
+  fastattn::testing::bind_hard(m);
   fastattn::testing::bind_cuda(m);
+  fastattn::testing::bind_cuda_hard(m);
 }

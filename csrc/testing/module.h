@@ -5,7 +5,13 @@
 
 namespace fastattn::testing {
 
+// Hard attention and the summary of attention weights on the CPU.
+void bind_hard(pybind11::module_& m);
+
 // The CUDA engine on the emulator, and its plans.
 void bind_cuda(pybind11::module_& m);
+
+// Hard attention and the summary of it, likewise.
+void bind_cuda_hard(pybind11::module_& m);
 
 }  // namespace fastattn::testing

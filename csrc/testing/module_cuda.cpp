@@ -4,82 +4,11 @@
 #include <vector>
 
 #include "cuda/heuristics.h"
-#include "testing/arrays.h"
-#include "testing/emulated_engine.h"
+#include "testing/emulation.h"
 #include "testing/module.h"
 
 namespace fastattn::testing {
 namespace {
-
-using emulator::CopyTiming;
-using emulator::Report;
-using emulator::Run;
-using emulator::SiteKind;
-
-SiteKind site_kind_from_name(const std::string& name) {
-  for (const SiteKind kind : {SiteKind::kBarrier, SiteKind::kWarpBarrier, SiteKind::kCpAsyncWait}) {
-    if (name == emulator::site_kind_name(kind)) return kind;
-  }
-  refuse("a call of kind '" + name + "' cannot be left out.");
-}
-
-// How a call is emulated: the keyword argument `emulator`, a dict.
-struct Emulation {
-  emulator::Options options;
-  int os_threads = 2;
-  // Of the device that is played: many multiprocessors make the engine split the keys.
-  cuda::DeviceProperties device{80, 1, 99 * 1024};
-  bool unswizzled = false;
-
-  static Emulation from(const py::dict& settings) {
-    Emulation e;
-    for (const auto& [key, value] : settings) {
-      const std::string name = py::cast<std::string>(key);
-      if (name == "seed") {
-        e.options.seed = py::cast<uint64_t>(value);
-      } else if (name == "random_order") {
-        e.options.random_order = py::cast<bool>(value);
-      } else if (name == "copies") {
-        const std::string timing = py::cast<std::string>(value);
-        e.options.cp_async_timing = timing == "at_issue"  ? CopyTiming::kAtIssue
-                                    : timing == "at_wait" ? CopyTiming::kAtWait
-                                                          : CopyTiming::kRandom;
-      } else if (name == "skip") {
-        const auto [file, line, kind] = py::cast<std::tuple<std::string, int, std::string>>(value);
-        e.options.skip_site = {file, line, site_kind_from_name(kind)};
-      } else if (name == "count_bank_conflicts") {
-        e.options.count_bank_conflicts = py::cast<bool>(value);
-      } else if (name == "detect_races") {
-        e.options.detect_races = py::cast<bool>(value);
-      } else if (name == "threads") {
-        e.os_threads = py::cast<int>(value);
-      } else if (name == "multiprocessors") {
-        e.device.multiprocessors = py::cast<int>(value);
-      } else if (name == "unswizzled") {
-        e.unswizzled = py::cast<bool>(value);
-      } else {
-        throw py::type_error("_fastattn_core: there is no setting " + name + " of the emulator.");
-      }
-    }
-    return e;
-  }
-};
-
-// What ran: {"kernels": [...], "bank_conflicts_load": n, "bank_conflicts_store": n, "sites": [(file, line, kind, calls,
-// bank conflicts), ...]}.
-py::dict as_dict(const Run& run) {
-  py::dict result;
-  result["kernels"] = run.kernels;
-  result["bank_conflicts_load"] = run.report.bank_conflicts_load;
-  result["bank_conflicts_store"] = run.report.bank_conflicts_store;
-  py::list sites;
-  for (const auto& site : run.report.sites) {
-    sites.append(
-        py::make_tuple(site.file, site.line, emulator::site_kind_name(site.kind), site.calls, site.bank_conflicts));
-  }
-  result["sites"] = sites;
-  return result;
-}
 
 void check_is_served(const AttentionParams& p) {
   if (p.dtype == DType::kFloat64) refuse("the CUDA kernels do not compute in float64.");
@@ -158,6 +87,21 @@ py::dict forward_plan(const std::string& dtype, int64_t B, int64_t Hq, int64_t H
   return result;
 }
 
+// The same for additive scores.
+py::dict additive_plan(int64_t B, int64_t Hq, int64_t Lq, int64_t Lk, int64_t Dv, const std::string& causal,
+                       int multiprocessors, int shared_bytes) {
+  AttentionParams p;
+  p.B = B, p.Hq = Hq, p.Lq = Lq, p.Lk = Lk, p.Dv = Dv;
+  p.causal = causal_from_name(causal);
+  const cuda::ForwardPlan plan = cuda::plan_additive_forward(p, {90, multiprocessors, shared_bytes});
+  py::dict result;
+  result["row_blocks"] = plan.row_blocks;
+  result["splits"] = plan.splits;
+  result["blocks"] = plan.blocks;
+  result["shared_bytes"] = cuda::additive_shared_bytes(cuda::kAdditiveResident, Dv);
+  return result;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -171,6 +115,9 @@ void bind_cuda(py::module_& m) {
         py::arg("Hkv"), py::arg("Lq"), py::arg("Lk"), py::arg("D"), py::arg("Dv"), py::arg("causal") = "none",
         py::arg("window") = Window{kUnlimited, kUnlimited}, py::arg("has_modifiers") = false,
         py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 * 1024);
+  m.def("cuda_additive_plan", &additive_plan, py::kw_only(), py::arg("B"), py::arg("Hq"), py::arg("Lq"), py::arg("Lk"),
+        py::arg("Dv"), py::arg("causal") = "none", py::arg("multiprocessors") = 132,
+        py::arg("shared_bytes") = 227 * 1024);
 }
 
 }  // namespace fastattn::testing

@@ -48,9 +48,11 @@ Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
     p->kv_lengths = static_cast<const int32_t*>(inputs.kv_lengths->const_data_ptr());
   }
   if (a.w) {
-    inputs.w = with_contiguous_rows(*a.w);
+    // A w that was expanded over the heads is one for each of them, with a gradient for each: not what a stride of 0
+    // says.
+    inputs.w = as_contiguous(*a.w);
     p->w = inputs.w->const_data_ptr();
-    p->w_stride = inputs.w->dim() == 2 ? inputs.w->stride(0) : 0;
+    p->w_stride = inputs.w->dim() == 2 ? p->D : 0;
   }
   if (a.rng_state) {
     inputs.rng_state = as_contiguous(*a.rng_state);

@@ -102,17 +102,29 @@ FASTATTN_DEVICE void store_shared_f32x4(SharedAddress at, F32x4 v, Site site = S
 }
 
 FASTATTN_DEVICE U32x4 load_global_u32x4(const void* at, Site site = Site::current()) {
-  emulator::device::check_global_16(at, site);
+  emulator::device::check_global(at, 16, site);
   U32x4 v;
   std::memcpy(&v, at, sizeof(v));
   return v;
 }
 FASTATTN_DEVICE void store_global_u32x4(void* at, U32x4 v, Site site = Site::current()) {
-  emulator::device::check_global_16(at, site);
+  emulator::device::check_global(at, 16, site);
+  std::memcpy(at, &v, sizeof(v));
+}
+FASTATTN_DEVICE U32x2 load_global_u32x2(const void* at, Site site = Site::current()) {
+  emulator::device::check_global(at, 8, site);
+  U32x2 v;
+  std::memcpy(&v, at, sizeof(v));
+  return v;
+}
+FASTATTN_DEVICE void store_global_u32x2(void* at, U32x2 v, Site site = Site::current()) {
+  emulator::device::check_global(at, 8, site);
   std::memcpy(at, &v, sizeof(v));
 }
 
 // ---- Numbers -------------------------------------------------------------------------------------------------------
+
+FASTATTN_DEVICE int lowest_bit(uint32_t x) { return std::countr_zero(x); }
 
 FASTATTN_DEVICE uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 FASTATTN_DEVICE float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
@@ -133,6 +145,9 @@ FASTATTN_DEVICE float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;  // a NaN stays one
 }
+
+FASTATTN_DEVICE float without_subnormals(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+FASTATTN_DEVICE float reciprocal_approx(float x) { return without_subnormals(1.0f / without_subnormals(x)); }
 
 FASTATTN_DEVICE uint32_t to_tf32(float x) {
   if (x != x) return 0x7fffffffu;

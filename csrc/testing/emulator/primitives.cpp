@@ -163,7 +163,7 @@ void cp_async(uint32_t dst, const void* src, int bytes, Site site) {
   if (bytes < 0 || bytes > 16) {
     block.fail("cp_async_16 of ", bytes, " bytes (", describe(site), ")");
   }
-  check_global_16(src, site);
+  check_global(src, 16, site);
   const uint32_t id = block.sites.find(site, SiteKind::kCpAsync);
   ++block.sites[id].calls;
   if (block.options.detect_races) {
@@ -203,11 +203,11 @@ void load_shared_16(uint32_t at, void* x, Site site) { std::memcpy(x, access<16,
 void store_shared_4(uint32_t at, const void* x, Site site) { std::memcpy(access<4, true>(at, site), x, 4); }
 void store_shared_16(uint32_t at, const void* x, Site site) { std::memcpy(access<16, true>(at, site), x, 16); }
 
-void check_global_16(const void* at, Site site) {
-  if (reinterpret_cast<uintptr_t>(at) % 16 == 0) [[likely]]
+void check_global(const void* at, int bytes, Site site) {
+  if (reinterpret_cast<uintptr_t>(at) % static_cast<uintptr_t>(bytes) == 0) [[likely]]
     return;
-  current->warp->block->fail("16 bytes of global memory at an address that is no multiple of 16 (", describe(site),
-                             ")");
+  current->warp->block->fail(bytes, " bytes of global memory at an address that is no multiple of ", bytes, " (",
+                             describe(site), ")");
 }
 
 }  // namespace device

@@ -32,7 +32,7 @@ void load_shared_4(uint32_t at, void* x, Site site);
 void load_shared_16(uint32_t at, void* x, Site site);
 void store_shared_4(uint32_t at, const void* x, Site site);
 void store_shared_16(uint32_t at, const void* x, Site site);
-void check_global_16(const void* at, Site site);
+void check_global(const void* at, int bytes, Site site);
 
 }  // namespace device
 }  // namespace fastattn::emulator

@@ -1,0 +1,261 @@
+"""The CUDA kernels of the summary of attention on the host emulator. What the emulator is: test_emulator.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .cases import Case, Inputs, make_inputs
+from .choices import score_error, scores_in, summary_quantities, violations, wrong_tops
+from .compare import Quantities
+from .emulated import arguments, array, core, tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+RESULTS = ("entropy", "max_weight", "top_weights", "top_index", "key_mass", "lse", "row_max", "row_sum")
+
+EVERYTHING: dict[str, Any] = {"bias": "11qk", "mask": "b11k", "sinks": True, "softcap": 5.0, "alibi": "h"}
+CASES = [
+    (Case(70, 131, D=32, B=2, gqa=2), 8),
+    (Case(64, 64, D=64, Hkv=1), 64),
+    (Case(65, 129, D=64, Hkv=1, causal="bottom_right"), 128),  # more than most rows see
+    (Case(129, 65, D=24, causal="bottom_right"), 3),  # 64 rows that see nothing
+    (Case(129, 65, D=24, causal="bottom_right", sinks=True), 3),
+    (Case(90, 77, D=128, Hkv=1, causal="top_left"), 1),
+    (Case(100, 150, D=100, Hkv=1, window=(20, 10)), 8),
+    (Case(40, 90, D=256, Hkv=1, gqa=2), 8),
+    (Case(33, 70, D=129, Hkv=1, mask="11qk", bias="1h1k"), 0),
+    (Case(50, 200, D=16, B=2, mask="bhqk", mask_values="rows", sinks=True), 16),
+    (Case(70, 140, D=48, B=3, gqa=2, kv_lengths=(140, 0, 65)), 8),
+    (Case(70, 140, D=64, B=2, kv_lengths=(33, 139), causal="bottom_right", **EVERYTHING), 8),
+    (Case(40, 80, D=24, gqa=2, bias="bhqk", alibi="bh", window=(40, 7), scale=0.4), 5),
+    (Case(50, 77, D=24, B=2, bias="11qk", bias_float32=True, bias_values="min"), 8),
+    (Case(50, 77, D=24, bias="11qk", bias_float32=True, bias_values="-1e9"), 8),
+    (Case(50, 77, D=24, bias="11qk", bias_values="-inf", sinks=True), 8),
+    (Case(1, 300, D=64, gqa=4), 8),
+    (Case(300, 1, D=16), 2),
+    (Case(5, 3, D=17, layout="offset", B=2, gqa=3, softcap=2.0), 4),
+    (Case(30, 50, D=8, layout="columns", bias="11qk"), 4),
+    (Case(66, 100, D=32, scale=20.0), 8),  # rows with all their weight on one key
+    (Case(20, 0, D=16), 2),
+]
+
+
+def summary(inputs: Inputs, *, top_k: int = 8, key_mass: bool = True, rows: Tensor | None = None, **emulator: Any):
+    """Everything that is written, and what ran."""
+    results = core.emulated_attention_summary(
+        array(inputs.q),
+        array(inputs.k),
+        top_k=top_k,
+        key_mass=key_mass,
+        row_mask=None if rows is None else rows.numpy(),
+        emulator=emulator,
+        **arguments(inputs, None),
+    )
+    return {name: tensor(results[name]) for name in RESULTS if name in results}, results["run"]
+
+
+def random_rows(case: Case, seed: int = 0) -> Tensor:
+    return torch.rand(case.B, case.Hq, case.Lq, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize(("case", "top_k"), CASES, ids=lambda x: x.id if isinstance(x, Case) else f"top{x}")
+def test_parity(case: Case, top_k: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(case, dtype)
+    rows = random_rows(case) if case.Lq % 2 else None
+    got, _ = summary(inputs, top_k=top_k, rows=rows)
+    exact = summary_quantities(inputs, torch.float64, top_k, rows)
+    plain = summary_quantities(inputs, dtype, top_k, rows)
+    # A score beside a finite mask value has lost its last bits, in plain float32 code as well.
+    relative = 4 * score_error(inputs)
+    wrong = violations(got, exact, plain, relative)
+    wrong += wrong_tops(inputs, got["top_weights"], got["top_index"], relative)
+    assert not wrong, "\n".join([f"{case.id} in {dtype}:", *wrong])
+    if top_k:
+        assert torch.equal(got["max_weight"], got["top_weights"][..., 0])
+
+
+def test_statistics_are_attentions() -> None:
+    for case, _ in (CASES[0], CASES[4], CASES[11]):
+        for dtype in DTYPES:
+            inputs = make_inputs(case, dtype)
+            got, _ = summary(inputs)
+            q, k = array(inputs.q), array(inputs.k)
+            soft = core.emulated_attention_forward(q, k, k, **arguments(inputs, None))
+            assert torch.equal(got["row_max"], tensor(soft["row_max"]))
+            torch.testing.assert_close(got["row_sum"], tensor(soft["row_sum"]), rtol=2e-6, atol=0)
+            torch.testing.assert_close(got["lse"], tensor(soft["lse"]), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("top_k", [1, 7, 32, 128])
+def test_the_lower_key_comes_first_among_equals(top_k: int, dtype: torch.dtype) -> None:
+    """Small integers, whose products have no rounding: the keys are those of a stable sort."""
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randint(-1, 2, (1, 2, n, 16), generator=generator).to(dtype) for n in (70, 200))
+    inputs = Inputs(q, k, k, q, q[..., 0].float(), {"scale": 0.5, "causal": "bottom_right"})
+    got, _ = summary(inputs, top_k=top_k)
+    s = scores_in(inputs, torch.float64)
+    order = s.sort(dim=-1, descending=True, stable=True)
+    wanted = order.indices[..., :top_k].masked_fill(order.values[..., :top_k] == -math.inf, -1)
+    assert torch.equal(got["top_index"], wanted)
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+def test_sorted_scores(ascending: bool) -> None:
+    """Every key joins the list, or none after the first ones: the longest and the shortest way through it."""
+    k = torch.arange(150.0).view(1, 1, 150, 1)
+    k = k if ascending else k.flip(2)
+    q = torch.ones(1, 1, 20, 1)
+    inputs = Inputs(q, k, k, q, q[..., 0], {"scale": 0.125})
+    got, _ = summary(inputs, top_k=100)
+    best = torch.arange(149, 49, -1) if ascending else torch.arange(100)
+    assert torch.equal(got["top_index"], best.expand(1, 1, 20, 100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_rows_hidden_by_finite_values_are_uniform(dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case(37, 130, D=16, gqa=2), dtype)
+    inputs.kwargs["bias"] = torch.full((1, 1, 37, 130), torch.finfo(torch.float32).min)
+    got, _ = summary(inputs, top_k=4)
+    torch.testing.assert_close(got["entropy"], torch.full_like(got["entropy"], math.log(130)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got["key_mass"], torch.full_like(got["key_mass"], 37 / 130), rtol=1e-5, atol=0)
+    assert torch.equal(got["top_index"], torch.arange(4).expand(1, 4, 37, 4))
+
+
+def test_one_visible_key() -> None:
+    for case in (Case(70, 1, D=32), Case(70, 70, D=32, window=(0, 0))):
+        got, _ = summary(make_inputs(case, torch.bfloat16), top_k=2)
+        assert (got["row_sum"] == 1).all()
+        assert (got["entropy"] == 0).all()
+        assert (got["max_weight"] == 1).all()
+        assert (got["top_weights"] == torch.tensor([1.0, 0.0])).all()
+        assert torch.equal(got["key_mass"], torch.full_like(got["key_mass"], 70 if case.Lk == 1 else 1))
+
+
+def test_rows_that_do_not_count() -> None:
+    """Not even where they are NaN; a broadcast row_mask is the same as one written out."""
+    case = Case(70, 100, D=16, B=2, gqa=2)
+    inputs = make_inputs(case, torch.bfloat16)
+    rows = random_rows(case)[:, :1]
+    wanted, _ = summary(inputs, rows=rows)
+    written_out, _ = summary(inputs, rows=rows.expand(2, 4, 70).contiguous())
+    assert torch.equal(wanted["key_mass"], written_out["key_mass"])
+    inputs.q.masked_fill_(~rows.unsqueeze(-1), math.nan)
+    got, _ = summary(inputs, rows=rows)
+    assert torch.equal(got["key_mass"], wanted["key_mass"])
+    assert got["entropy"][~rows.expand(2, 4, 70)].isnan().all()
+    none, _ = summary(inputs, rows=torch.zeros(1, 1, 1, dtype=torch.bool))
+    assert (none["key_mass"] == 0).all()
+
+
+def test_what_is_not_wanted_is_not_computed() -> None:
+    inputs = make_inputs(CASES[0][0], torch.float16)
+    whole, ran = summary(inputs, top_k=8)
+    assert ran["kernels"] == ["summary_rows", "summary_mass"]
+    part, ran = summary(inputs, top_k=0, key_mass=False)
+    assert ran["kernels"] == ["summary_rows"]
+    for name in ("entropy", "max_weight", "lse"):
+        assert torch.equal(part[name], whole[name])
+
+
+# ------------------------------------------------------------------------------------------------------ nothing leaks
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_padding_is_not_read(dtype: torch.dtype) -> None:
+    for case in (
+        Case(40, 200, D=64, B=3, kv_lengths=(1, 130, 65), causal="bottom_right"),
+        Case(2, 200, D=24, B=3, gqa=4, kv_lengths=(0, 130, 65), window=(90, 0), bias="bhqk", alibi="h"),
+        Case(33, 90, D=256, B=2, Hkv=1, kv_lengths=(89, 17), mask="b11k"),
+    ):
+        inputs = make_inputs(case, dtype)
+        k = inputs.k.clone()
+        for b, length in enumerate(inputs.kwargs["kv_lengths"]):
+            k[b, :, length:] = math.nan
+        wanted, _ = summary(inputs)
+        got, _ = summary(replace(inputs, k=k))
+        for name, x in wanted.items():
+            assert torch.equal(got[name], x), name
+
+
+def test_what_is_not_served_is_refused() -> None:
+    x = torch.zeros(1, 1, 2, 300).numpy()
+    with pytest.raises(ValueError, match="head dims up to 256"):
+        core.emulated_attention_summary(x, x)
+    x = torch.zeros(1, 1, 2, 8).numpy()
+    with pytest.raises(ValueError, match="top_k"):
+        core.emulated_attention_summary(x, x, top_k=129)
+
+
+# -------------------------------------------------------------------------------------------------- the emulator bites
+
+TELLING = [
+    Case(140, 200, D=64, Hkv=1, causal="bottom_right"),
+    Case(70, 140, D=24, Hkv=1, gqa=2, B=2, kv_lengths=(140, 77), **EVERYTHING),
+    Case(33, 200, D=200, Hkv=1, layout="offset"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@pytest.mark.parametrize("case", TELLING, ids=lambda case: case.id)
+def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> None:
+    inputs = make_inputs(case, dtype)
+    wanted, _ = summary(inputs)
+    settings: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"seed": 2, "copies": "at_wait"},
+        {"seed": 3, "copies": "at_issue", "random_order": False},
+        {"seed": 4, "threads": 1},
+    ]
+    for setting in settings:
+        got, _ = summary(inputs, **setting)
+        for name, x in wanted.items():
+            assert torch.equal(got[name], x), f"{name} with {setting}"
+
+
+def outcome(inputs: Inputs, wanted: Quantities, **emulator: Any) -> str:
+    """What comes of a run: "" if it is right to the bit, else what went wrong."""
+    try:
+        got, _ = summary(inputs, **emulator)
+    except RuntimeError as error:
+        return str(error)
+    wrong = [name for name, x in wanted.items() if not torch.equal(got[name].nan_to_num(), x.nan_to_num())]
+    return f"wrong: {', '.join(wrong)}" if wrong else ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=SHORT.get)
+def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
+    missed: dict[tuple[str, int, str], str] = {}
+    for case in TELLING:
+        inputs = make_inputs(case, dtype)
+        wanted, run = summary(inputs)
+        for file, line, kind, calls, _ in run["sites"]:
+            if kind in ("sync_block", "sync_warp", "cp_async_wait") and calls and not missed.get((file, line, kind)):
+                skip = (file, line, kind)
+                missed[skip] = outcome(inputs, wanted, skip=skip)
+    # Of each walk a wait and a barrier, and the warp's before it looks for the largest scores.
+    assert len(missed) == 5, sorted(missed)
+    unnoticed = sorted(site for site, what in missed.items() if not what)
+    assert not unnoticed, f"left out, and nobody noticed: {unnoticed}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_main_loops_are_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case(100, 140, D=D, Hkv=1, causal="bottom_right", bias="1h1k"), dtype)
+    _, run = summary(inputs)
+    conflicts = {
+        (Path(file).name, kind): n
+        for file, _, kind, _, n in run["sites"]
+        # Lanes fetch scores that join their lists from wherever those are.
+        if n and (Path(file).name, kind) != ("summary.cuh", "load_shared")
+    }
+    assert not conflicts, conflicts
