@@ -28,10 +28,10 @@ class Listing:
     """How often what is looked for occurs in a kernel's machine code."""
 
     counts: Counter[str] = field(default_factory=Counter)  # of WANTED and LOCAL
-    # Of COLLECTIVE: those under a predicate of each lane's own, and those between the place where lanes may part and the
-    # one where they meet again. BSSY names the latter and comes first: ptxas moves it up, also between instructions of a
-    # whole warp, and lanes part at the first jump after it that not all of them may take. Code that was moved out of
-    # between is not seen.
+    # Of COLLECTIVE: those under a predicate of each lane's own, and those between the place where lanes may part and
+    # the one where they meet again. BSSY names the latter and comes first: ptxas moves it up, also between instructions
+    # of a whole warp, and lanes part at the first jump after it that not all of them may take. Code that was moved out
+    # of between is not seen.
     predicated: Counter[str] = field(default_factory=Counter)
     parted: Counter[str] = field(default_factory=Counter)
 

@@ -354,8 +354,8 @@ class Check:
         if self.device == "cpu":
             command += ["tests/test_parity.py", "-k", "Lq16-Lk16-D24 and fp32"]
         else:
-            command += ["tests/test_cuda.py", *(f"--deselect=tests/test_cuda.py::{name}" for name in HAVE_STEPS)]
-            command += ["tests/test_cuda_additive.py"]
+            command += [f"tests/test_cuda{name}.py" for name in ("", "_additive", "_hard", "_summary")]
+            command += [f"--deselect=tests/test_cuda.py::{name}" for name in HAVE_STEPS]
         count = 2 if self.device == "cpu" else count_processes(int(self.detail.get("memory_bytes", 0)))
         shards = [
             ([*command, "-p", "tests.shard", f"--shard={n}/{count}"], self.log(f"parity-{n}"))

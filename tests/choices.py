@@ -11,14 +11,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastattn import reference
 
-from .cases import Inputs
+from .cases import Case, Inputs
 from .compare import Quantities
+from .philox import gumbel_noise
 
 SCORE_ARGUMENTS = ("causal", "window", "scale", "softcap", "bias", "mask", "alibi_slopes", "kv_lengths")
 FLOAT32_UNIT = 2.0**-24
@@ -71,24 +71,31 @@ def violations(got: Quantities, exact: Quantities, plain: Quantities, relative: 
 
 # ------------------------------------------------------------------------------------------------------ hard attention
 
-
-def philox_words(seed: int, offset: int, B: int, Hq: int, Lq: int, Lk: int) -> np.ndarray[Any, Any]:
-    """The word of every (b, h, i, j), uint32, counted as dropout counts: one generator call for four keys."""
-    quads = -(-Lk // 4)
-    bh, i, quad = np.meshgrid(np.arange(B * Hq), np.arange(Lq), np.arange(quads), indexing="ij")
-    c = [x.astype(np.uint64).ravel() for x in (quad, i, bh, np.full_like(bh, offset & 0xFFFFFFFF))]
-    low, k0, k1 = np.uint64(0xFFFFFFFF), seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(10):
-        a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [b >> np.uint64(32) ^ c[1] ^ np.uint64(k0), b & low, a >> np.uint64(32) ^ c[3] ^ np.uint64(k1), a & low]
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack(c, -1).astype(np.uint32).reshape(B, Hq, Lq, 4 * quads)[..., :Lk]
-
-
-def gumbel_noise(seed: int, offset: int, s: Tensor) -> Tensor:
-    """g of every score, float64."""
-    u = (philox_words(seed, offset, *s.shape).astype(np.float64) + 0.5) / 2.0**32
-    return torch.from_numpy(-np.log(-np.log(u)))
+HARD_CASES = [
+    Case(70, 131, D=32, B=2, gqa=2),
+    Case(64, 64, D=64, Hkv=1),
+    Case(65, 129, D=64, Hkv=1, causal="bottom_right"),
+    Case(129, 65, D=24, causal="bottom_right"),  # 64 rows that see nothing
+    Case(90, 77, D=128, Hkv=1, causal="top_left"),
+    Case(100, 150, D=100, Dv=36, Hkv=1, window=(20, 10)),
+    Case(40, 90, D=256, Hkv=1, gqa=2),
+    Case(33, 70, D=129, Dv=5, Hkv=1, mask="11qk"),
+    Case(50, 200, D=16, B=2, mask="bhqk", mask_values="rows"),
+    Case(50, 60, D=16, Dv=33, mask="1h1k", causal="bottom_right", window=(30, 3)),
+    Case(70, 140, D=48, B=3, gqa=2, kv_lengths=(140, 0, 65)),
+    Case(70, 140, D=64, B=3, kv_lengths=(1, 139, 64), causal="bottom_right", mask="b1qk"),
+    Case(1, 300, D=64, gqa=4),
+    Case(3, 300, D=128, Hkv=1, gqa=3, window=(200, 0)),
+    Case(1, 1, D=1, Dv=1),
+    Case(5, 3, D=17, Dv=24, layout="offset", B=2, gqa=3),
+    Case(70, 90, D=40, layout="blhd", B=2, Hkv=2, scale=0.7),
+    Case(30, 50, D=8, layout="columns"),
+    Case(30, 50, D=32, layout="expanded"),
+    Case(66, 100, D=32, scale=-0.3),  # negative
+    Case(66, 100, D=32, scale=20.0),  # a low temperature: rows with all their weight on one key
+    Case(20, 40, D=16, scale=0.0),
+    Case(20, 0, D=16),
+]
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ class Choice:
 
 def wrong_choices(inputs: Inputs, got: Choice, rng_state: tuple[int, int] | None) -> list[str]:
     """What is wrong with the keys that were taken. Where two keys are as close as scores in float32 are rounded,
-    either will do; without rounding, the lower one."""
+    either will do; without rounding, the lower one.
+    """
     exact = scores_in(inputs, torch.float64)
     B, Hq, Lq, Lk = exact.shape
     blind = (exact == -math.inf).all(-1) if Lk else torch.ones(B, Hq, Lq, dtype=torch.bool)
@@ -116,7 +124,7 @@ def wrong_choices(inputs: Inputs, got: Choice, rng_state: tuple[int, int] | None
     if Lk == 0 or blind.all():
         return found
     taken = got.index.clamp_min(0).unsqueeze(-1)
-    noisy = exact + (gumbel_noise(*rng_state, exact) if rng_state is not None else 0)
+    noisy = exact + (gumbel_noise(torch.tensor(rng_state), B, Hq, Lq, Lk) if rng_state is not None else 0)
     short = noisy.amax(-1) - noisy.gather(-1, taken).squeeze(-1)
     tolerance = 2 * score_error(inputs) + (1e-6 if rng_state is not None else 0)
     if not (short[~blind] <= tolerance).all():
@@ -146,7 +154,7 @@ def hard_quantities(inputs: Inputs, index: Tensor, dtype: torch.dtype) -> Quanti
     copy = Inputs(q, k, v, inputs.d_o, inputs.d_lse, inputs.kwargs)
     log_prob = log_probabilities(copy, index, dtype)
     loss = (log_prob * inputs.d_lse.to(log_prob.dtype)).sum()
-    B, Hq, Lq = index.shape
+    B = index.shape[0]
     Hkv, Lk, Dv = v.shape[1:]
     # dv of v[index], added up in dtype.
     dv = torch.zeros(B, Hkv, Lk, Dv, dtype=dtype)
@@ -166,6 +174,36 @@ def hard_quantities(inputs: Inputs, index: Tensor, dtype: torch.dtype) -> Quanti
 
 
 # --------------------------------------------------------------------------------------------------------- the summary
+
+EVERYTHING: dict[str, Any] = {"bias": "11qk", "mask": "b11k", "sinks": True, "softcap": 5.0, "alibi": "h"}
+SUMMARY_CASES = [
+    (Case(70, 131, D=32, B=2, gqa=2), 8),
+    (Case(64, 64, D=64, Hkv=1), 64),
+    (Case(65, 129, D=64, Hkv=1, causal="bottom_right"), 128),  # more than most rows see
+    (Case(129, 65, D=24, causal="bottom_right"), 3),  # 64 rows that see nothing
+    (Case(129, 65, D=24, causal="bottom_right", sinks=True), 3),
+    (Case(90, 77, D=128, Hkv=1, causal="top_left"), 1),
+    (Case(100, 150, D=100, Hkv=1, window=(20, 10)), 8),
+    (Case(40, 90, D=256, Hkv=1, gqa=2), 8),
+    (Case(33, 70, D=129, Hkv=1, mask="11qk", bias="1h1k"), 0),
+    (Case(50, 200, D=16, B=2, mask="bhqk", mask_values="rows", sinks=True), 16),
+    (Case(70, 140, D=48, B=3, gqa=2, kv_lengths=(140, 0, 65)), 8),
+    (Case(70, 140, D=64, B=2, kv_lengths=(33, 139), causal="bottom_right", **EVERYTHING), 8),
+    (Case(40, 80, D=24, gqa=2, bias="bhqk", alibi="bh", window=(40, 7), scale=0.4), 5),
+    (Case(50, 77, D=24, B=2, bias="11qk", bias_float32=True, bias_values="min"), 8),
+    (Case(50, 77, D=24, bias="11qk", bias_float32=True, bias_values="-1e9"), 8),
+    (Case(50, 77, D=24, bias="11qk", bias_values="-inf", sinks=True), 8),
+    (Case(1, 300, D=64, gqa=4), 8),
+    (Case(300, 1, D=16), 2),
+    (Case(5, 3, D=17, layout="offset", B=2, gqa=3, softcap=2.0), 4),
+    (Case(30, 50, D=8, layout="columns", bias="11qk"), 4),
+    (Case(66, 100, D=32, scale=20.0), 8),  # rows with all their weight on one key
+    (Case(20, 0, D=16), 2),
+]
+
+
+def random_rows(case: Case, seed: int = 0) -> Tensor:
+    return torch.rand(case.B, case.Hq, case.Lq, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
 def summary_quantities(inputs: Inputs, dtype: torch.dtype, top_k: int, rows: Tensor | None) -> Quantities:
@@ -221,6 +259,9 @@ def wrong_tops(inputs: Inputs, weights: Tensor, index: Tensor, relative: float) 
     tolerance = 2 * score_error(inputs) + relative * best[best.isfinite()].abs().max().item() if kept else 0.0
     if not (gap <= tolerance).all():
         found.append(f"a key is missing whose score is {gap.max().item():.3g} above one that is there")
-    if same.any() and not (mine[..., :-1] - mine[..., 1:])[same].abs().max() <= 1e-3 * best[best.isfinite()].abs().max() + 1e-3:
+    if (
+        same.any()
+        and not (mine[..., :-1] - mine[..., 1:])[same].abs().max() <= 1e-3 * best[best.isfinite()].abs().max() + 1e-3
+    ):
         found.append("keys of different scores have the same weight")
     return found

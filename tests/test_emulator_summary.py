@@ -12,39 +12,22 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Inputs, make_inputs
-from .choices import score_error, scores_in, summary_quantities, violations, wrong_tops
+from .choices import (
+    EVERYTHING,
+    SUMMARY_CASES,
+    random_rows,
+    score_error,
+    scores_in,
+    summary_quantities,
+    violations,
+    wrong_tops,
+)
 from .compare import Quantities
 from .emulated import arguments, array, core, tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RESULTS = ("entropy", "max_weight", "top_weights", "top_index", "key_mass", "lse", "row_max", "row_sum")
-
-EVERYTHING: dict[str, Any] = {"bias": "11qk", "mask": "b11k", "sinks": True, "softcap": 5.0, "alibi": "h"}
-CASES = [
-    (Case(70, 131, D=32, B=2, gqa=2), 8),
-    (Case(64, 64, D=64, Hkv=1), 64),
-    (Case(65, 129, D=64, Hkv=1, causal="bottom_right"), 128),  # more than most rows see
-    (Case(129, 65, D=24, causal="bottom_right"), 3),  # 64 rows that see nothing
-    (Case(129, 65, D=24, causal="bottom_right", sinks=True), 3),
-    (Case(90, 77, D=128, Hkv=1, causal="top_left"), 1),
-    (Case(100, 150, D=100, Hkv=1, window=(20, 10)), 8),
-    (Case(40, 90, D=256, Hkv=1, gqa=2), 8),
-    (Case(33, 70, D=129, Hkv=1, mask="11qk", bias="1h1k"), 0),
-    (Case(50, 200, D=16, B=2, mask="bhqk", mask_values="rows", sinks=True), 16),
-    (Case(70, 140, D=48, B=3, gqa=2, kv_lengths=(140, 0, 65)), 8),
-    (Case(70, 140, D=64, B=2, kv_lengths=(33, 139), causal="bottom_right", **EVERYTHING), 8),
-    (Case(40, 80, D=24, gqa=2, bias="bhqk", alibi="bh", window=(40, 7), scale=0.4), 5),
-    (Case(50, 77, D=24, B=2, bias="11qk", bias_float32=True, bias_values="min"), 8),
-    (Case(50, 77, D=24, bias="11qk", bias_float32=True, bias_values="-1e9"), 8),
-    (Case(50, 77, D=24, bias="11qk", bias_values="-inf", sinks=True), 8),
-    (Case(1, 300, D=64, gqa=4), 8),
-    (Case(300, 1, D=16), 2),
-    (Case(5, 3, D=17, layout="offset", B=2, gqa=3, softcap=2.0), 4),
-    (Case(30, 50, D=8, layout="columns", bias="11qk"), 4),
-    (Case(66, 100, D=32, scale=20.0), 8),  # rows with all their weight on one key
-    (Case(20, 0, D=16), 2),
-]
 
 
 def summary(inputs: Inputs, *, top_k: int = 8, key_mass: bool = True, rows: Tensor | None = None, **emulator: Any):
@@ -61,12 +44,8 @@ def summary(inputs: Inputs, *, top_k: int = 8, key_mass: bool = True, rows: Tens
     return {name: tensor(results[name]) for name in RESULTS if name in results}, results["run"]
 
 
-def random_rows(case: Case, seed: int = 0) -> Tensor:
-    return torch.rand(case.B, case.Hq, case.Lq, generator=torch.Generator().manual_seed(seed)) < 0.5
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-@pytest.mark.parametrize(("case", "top_k"), CASES, ids=lambda x: x.id if isinstance(x, Case) else f"top{x}")
+@pytest.mark.parametrize(("case", "top_k"), SUMMARY_CASES, ids=lambda x: x.id if isinstance(x, Case) else f"top{x}")
 def test_parity(case: Case, top_k: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     rows = random_rows(case) if case.Lq % 2 else None
@@ -83,7 +62,7 @@ def test_parity(case: Case, top_k: int, dtype: torch.dtype) -> None:
 
 
 def test_statistics_are_attentions() -> None:
-    for case, _ in (CASES[0], CASES[4], CASES[11]):
+    for case, _ in (SUMMARY_CASES[0], SUMMARY_CASES[4], SUMMARY_CASES[11]):
         for dtype in DTYPES:
             inputs = make_inputs(case, dtype)
             got, _ = summary(inputs)
@@ -156,8 +135,21 @@ def test_rows_that_do_not_count() -> None:
     assert (none["key_mass"] == 0).all()
 
 
+def test_nan_stays_in_its_row() -> None:
+    """And is all that is said of it, to the last entry of its list."""
+    inputs = make_inputs(Case(70, 100, D=16, B=2, causal="bottom_right"), torch.float32)
+    wanted, _ = summary(inputs, top_k=120)
+    inputs.q[1, 0, 33] = math.nan
+    got, _ = summary(inputs, top_k=120)
+    for name in ("entropy", "max_weight", "top_weights", "lse"):
+        assert got[name][1, 0, 33].isnan().all()
+        got[name][1, 0, 33] = wanted[name][1, 0, 33]
+        assert torch.equal(got[name], wanted[name]), name
+    assert torch.equal(got["key_mass"][1, 0].isnan(), torch.arange(100) <= 63)
+
+
 def test_what_is_not_wanted_is_not_computed() -> None:
-    inputs = make_inputs(CASES[0][0], torch.float16)
+    inputs = make_inputs(SUMMARY_CASES[0][0], torch.float16)
     whole, ran = summary(inputs, top_k=8)
     assert ran["kernels"] == ["summary_rows", "summary_mass"]
     part, ran = summary(inputs, top_k=0, key_mass=False)

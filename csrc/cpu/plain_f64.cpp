@@ -17,6 +17,7 @@
 // well.
 #include "cpu/plain.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -84,8 +85,17 @@ void add_additive_gradient(double ds, const Row& row, int64_t j, double* dq, dou
   }
 }
 
+// One worker's memory.
+struct BackwardScratch {
+  double *scores, *cap_derivative;  // [Lk]
+  double* dw;                       // [D], of one row
+  static int64_t size(const AttentionParams& p) { return 2 * p.Lk + (p.w ? p.D : 0); }
+  BackwardScratch(const AttentionParams& p, double* memory)
+      : scores(memory), cap_derivative(memory + p.Lk), dw(memory + 2 * p.Lk) {}
+};
+
 // Adds the row's part to dk, dv, d_bias and dw, sets its dq, and returns its part of the sink's gradient.
-double backward_row(const AttentionGradParams& g, const Row& row, double* scores, double* cap_derivative, double* dw) {
+double backward_row(const AttentionGradParams& g, const Row& row, const BackwardScratch& scratch, double* dw) {
   const AttentionParams& p = row.p;
   double* dq = row_of(static_cast<double*>(g.dq), g.dq_stride, row.b, row.hq, row.i);
   for (int64_t d = 0; d < p.D; ++d) dq[d] = 0.0;
@@ -99,9 +109,11 @@ double backward_row(const AttentionGradParams& g, const Row& row, double* scores
   const double d_lse = g.d_lse ? static_cast<const double*>(g.d_lse)[row.stat()] : 0.0;
   const double delta = dot(d_o, o, p.Dv);
 
-  row.compute_scores(scores, cap_derivative);
+  // A row's sum first: with a running sum over rows and keys, each of its additions would be rounded at the size of all.
+  if (p.w) std::fill(scratch.dw, scratch.dw + p.D, 0.0);
+  row.compute_scores(scratch.scores, scratch.cap_derivative);
   for (int64_t j = row.begin; j < row.end; ++j) {
-    const double score = scores[j - row.begin];
+    const double score = scratch.scores[j - row.begin];
     if (is_hidden(score)) continue;
     const double weight = std::exp(score - m) / l;
     const double factor = row.dropout_factor(j);
@@ -118,13 +130,14 @@ double backward_row(const AttentionGradParams& g, const Row& row, double* scores
     }
     double* dk = row_of(static_cast<double*>(g.dk), g.dk_stride, row.b, row.hkv, j);
     if (p.w) {
-      add_additive_gradient(ds * cap_derivative[j - row.begin], row, j, dq, dk, dw);
+      add_additive_gradient(ds * scratch.cap_derivative[j - row.begin], row, j, dq, dk, scratch.dw);
       continue;
     }
-    const double dx = p.scale * ds * cap_derivative[j - row.begin];
+    const double dx = p.scale * ds * scratch.cap_derivative[j - row.begin];
     add_scaled(dq, dx, row.k(j), p.D);
     add_scaled(dk, dx, row.q(), p.D);
   }
+  if (p.w) add_scaled(dw, 1.0, scratch.dw, p.D);
   return p.sinks ? std::exp(row.sink() - m) / l * (d_lse - delta) : 0.0;
 }
 
@@ -163,29 +176,28 @@ void plain_backward_f64(const AttentionGradParams& params, const Parallel& paral
   const int64_t head_tasks = joins_heads ? min_i64(p.Hkv, 1) : p.Hkv;
   const int64_t tasks = batch_tasks * head_tasks;
   const int workers = worker_count(parallel, tasks);
-  std::vector<double> scratch(2 * static_cast<size_t>(workers) * static_cast<size_t>(p.Lk));
+  std::vector<double> memory(static_cast<size_t>(workers * BackwardScratch::size(p)));
   std::vector<double> sink_parts(params.d_sinks ? static_cast<size_t>(p.B * p.Hq) : 0);
   std::vector<double> dw_parts(params.dw ? static_cast<size_t>(p.B * p.Hq * p.D) : 0);
 
   if (params.d_bias) zero_bias_gradient(params);
 
-  const auto backward_heads = [&](int64_t b, int64_t hkv, double* scores, double* cap_derivative) {
+  const auto backward_heads = [&](int64_t b, int64_t hkv, const BackwardScratch& scratch) {
     zero_rows(static_cast<double*>(params.dk), params.dk_stride, b, hkv, p.Lk, p.D);
     zero_rows(static_cast<double*>(params.dv), params.dv_stride, b, hkv, p.Lk, p.Dv);
     for (int64_t hq = hkv * group; hq < (hkv + 1) * group; ++hq) {
       double d_sink = 0.0;
       double* dw = dw_parts.data() + (params.dw ? (b * p.Hq + hq) * p.D : 0);
-      for (int64_t i = 0; i < p.Lq; ++i) d_sink += backward_row(params, Row(p, b, hq, i), scores, cap_derivative, dw);
+      for (int64_t i = 0; i < p.Lq; ++i) d_sink += backward_row(params, Row(p, b, hq, i), scratch, dw);
       if (params.d_sinks) sink_parts[static_cast<size_t>(b * p.Hq + hq)] = d_sink;
     }
   };
   for_each_task(parallel, workers, tasks, [&](int64_t task, int worker) {
-    double* scores = scratch.data() + 2 * worker * p.Lk;
-    double* cap_derivative = scores + p.Lk;
+    const BackwardScratch scratch(p, memory.data() + worker * BackwardScratch::size(p));
     const int64_t b0 = task / head_tasks, b1 = joins_batches ? p.B : b0 + 1;
     const int64_t h0 = task % head_tasks, h1 = joins_heads ? p.Hkv : h0 + 1;
     for (int64_t b = b0; b < b1; ++b) {
-      for (int64_t hkv = h0; hkv < h1; ++hkv) backward_heads(b, hkv, scores, cap_derivative);
+      for (int64_t hkv = h0; hkv < h1; ++hkv) backward_heads(b, hkv, scratch);
     }
   });
 

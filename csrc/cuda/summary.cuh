@@ -226,7 +226,9 @@ struct SummaryRowsKernel {
 
     const AttentionParams& a = p.walk.attention;
     const int64_t i = at.i0 + row, index = (static_cast<int64_t>(at.b) * a.Hq + at.h) * a.Lq + i;
-    const SoftmaxState<float> keys = {is_high ? state.m[1] : state.m[0], is_high ? state.l[1] : state.l[0]};
+    SoftmaxState<float> keys = {is_high ? state.m[1] : state.m[0], is_high ? state.l[1] : state.l[0]};
+    // Maxima pass over a NaN, sums do not: of a row that has one, nothing but NaN is to be said.
+    if (keys.l != keys.l) keys.m = keys.l;
     const FinishedRow finished = finish_row(a, keys, at.h);
     write_statistics(a, finished, index);
     const float m = finished.state.m, l = finished.state.l;
@@ -245,7 +247,7 @@ struct SummaryRowsKernel {
     if (p.max_weight) p.max_weight[index] = is_empty ? 0.0f : weight_below(keys.m, m) * inverse_l;
     for (int n = 0; n < p.top_k; ++n) {
       const bool exists = n < list.count;
-      list.scores[n] = exists ? weight_below(list.scores[n], m) * inverse_l : 0.0f;
+      list.scores[n] = (exists ? weight_below(list.scores[n], m) : 0.0f) * inverse_l;  // NaN in a row of a NaN
       if (!exists) list.keys[n] = -1;
     }
     if (p.row_stats) {

@@ -13,9 +13,11 @@ inline SummaryKernelParams summary_params(const SummaryParams& summary, const Wa
   p.row_stats = summary.key_mass ? arena->take<F32x4>(a.B * a.Hq * a.Lq) : nullptr;
   p.entropy = static_cast<float*>(summary.entropy);
   p.max_weight = static_cast<float*>(summary.max_weight);
-  p.top_weights = static_cast<float*>(summary.top_weights);
-  p.top_index = summary.top_index;
-  p.top_k = static_cast<int>(summary.top_k);
+  // A list of the largest scores has keys and weights, also where only one of them is wanted.
+  p.top_k = summary.top_weights || summary.top_index ? static_cast<int>(summary.top_k) : 0;
+  const int64_t entries = a.B * a.Hq * a.Lq * p.top_k;
+  p.top_weights = summary.top_weights ? static_cast<float*>(summary.top_weights) : arena->take<float>(entries);
+  p.top_index = summary.top_index ? summary.top_index : arena->take<int64_t>(entries);
   p.key_mass = static_cast<float*>(summary.key_mass);
   p.row_mask = summary.row_mask;
   for (int dim = 0; dim < 3; ++dim) p.row_mask_stride[dim] = summary.row_mask_stride[dim];
