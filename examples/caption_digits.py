@@ -229,9 +229,9 @@ def evaluate(model: Captioner, test: Batch) -> dict[str, float]:
 
 
 def write_plot(options: Any, result: dict[str, Any], models: dict[str, Captioner], test: Batch) -> None:
-    figure = common.new_figure(13, 8)
+    figure = common.new_figure(13, 6.6)
     figure.suptitle("Show, attend and tell: where each model looks when it says each word", fontsize=13)
-    parts = np.asarray(figure.subfigures(3, 1, height_ratios=(1, 1, 1.6)))
+    parts = np.asarray(figure.subfigures(3, 1, height_ratios=(1, 1, 2)))
     longest = int((test.targets != NOTHING).sum(1).argmax())
     image = test.images[longest : longest + 1]
     for part, (name, model) in zip(parts, models.items(), strict=False):
@@ -241,7 +241,7 @@ def write_plot(options: Any, result: dict[str, Any], models: dict[str, Captioner
         if model.is_hard:
             weights = F.one_hot(weights.argmax(2), ROWS * COLUMNS)  # what it uses: one patch
         axes = part.subplots(1, len(words))
-        fastattn.plot_attention(weights[0], None, words, axes, image=image[0, 0], patches=(ROWS, COLUMNS), vmax=1.0)
+        fastattn.plot_attention(weights[0], None, words, axes, image=image[0, 0], vmax=1.0, smooth=not model.is_hard)
         part.suptitle(f"{name} attention", fontsize=11)
     curves = parts[-1].subplots()
     for (name, found), color in zip(result["models"].items(), (common.BLUE, common.ORANGE), strict=True):
