@@ -87,6 +87,13 @@ def test_numbers_that_overflow_the_exponential(isa: str, dtype: torch.dtype, siz
         torch.testing.assert_close(ours.double(), theirs.double(), atol=20 * eps, rtol=20 * eps)
 
 
+def test_w_learns_from_very_many_sequences() -> None:
+    """The sum over batches does not drift: a chain of as many float32 additions would."""
+    case = Case(3, 5, D=8, B=20_000, H=1, w="h")
+    broken = violations(compute(make_inputs(case, torch.float32).require_grad()), expected(case, torch.float32))
+    assert not broken, "\n".join(broken)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_one_head_without_its_dimension(isa: str, dtype: torch.dtype) -> None:
     """(B, L, D) is (B, 1, L, D), bit for bit: results, gradients, masks, lengths; w is (D,) or (1, D)."""
