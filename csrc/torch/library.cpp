@@ -1,5 +1,5 @@
 // The operators of torch.ops.fastattn: all schemas, also of what _C_cuda implements, and the CPU's implementations.
-// Autograd and the shape rules for tracing ("fakes") are registered in fastattn/_ops.py.
+// Autograd and the shape rules for tracing ("fakes") are registered in fastattn/_autograd.py, beside each function.
 #include <torch/csrc/stable/library.h>
 
 #include "torch/operators.h"
