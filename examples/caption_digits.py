@@ -47,9 +47,9 @@ ROWS, COLUMNS = HEIGHT // PATCH, IMAGE_WIDTH // PATCH
 
 WIDTH = 64
 BATCH = 64
-STEPS, SMOKE_STEPS = {"soft": 300, "hard": 1200}, {"soft": 15, "hard": 15}
+STEPS, SMOKE_STEPS = {"soft": 300, "hard": 800}, {"soft": 15, "hard": 15}
 LEARNING_RATE = 4e-3
-ENTROPY_REWARD, BASELINE_DECAY = 0.02, 0.9
+ENTROPY_REWARD, BASELINE_DECAY = 0.2, 0.9  # the first falls to 0 in the course of the training
 GROWTH = 0.4  # the part of the training after which rows have their full length
 # The mean of many patches, most of them of other digits, is small. Unscaled, 400 steps of hard attention were not
 # enough to tell digits apart, and until then there is no telling where to look; scaled, 100 are.
@@ -170,12 +170,12 @@ class Rewards:
     def __init__(self) -> None:
         self.baseline = torch.zeros(MAX_DIGITS + 1)  # one for each word of the caption
 
-    def loss(self, nll: Tensor, log_probs: Tensor, counts: Tensor) -> Tensor:
+    def loss(self, nll: Tensor, log_probs: Tensor, counts: Tensor, entropy_reward: float) -> Tensor:
         """nll, log_probs and counts (whether the word counts) are (B, T), first the soft looks, then the hard ones."""
         soft, hard = nll.detach().chunk(2)
         log_probs, counts = log_probs.chunk(2)[1], counts.chunk(2)[1]
         reward = soft - hard  # how much more likely the word was than after the soft look at the same image
-        reward = reward - ENTROPY_REWARD * log_probs.detach()  # whose gradient is that of the entropy
+        reward = reward - entropy_reward * log_probs.detach()  # whose gradient is that of the entropy
         mean = (reward * counts).sum(0) / counts.sum(0).clamp(min=1)
         self.baseline = BASELINE_DECAY * self.baseline + (1 - BASELINE_DECAY) * mean
         advantage = reward - self.baseline
@@ -200,7 +200,10 @@ def train(model: Captioner, digits: Digits, steps: int, name: str) -> list[float
             nll = F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=NOTHING, reduction="none")
             mean_nll = nll.sum() / counts.sum()
             optimizer.zero_grad()
-            (mean_nll + rewards.loss(nll, log_probs, counts) if model.is_hard else mean_nll).backward()
+            loss = mean_nll
+            if model.is_hard:  # which is to try many places first, and to settle in the end
+                loss = loss + rewards.loss(nll, log_probs, counts, ENTROPY_REWARD * (1 - step / steps))
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
