@@ -317,6 +317,7 @@ def run_all_kernels(device: str, dtypes: tuple[str, ...]) -> Reports:
     """For compute-sanitizer to watch."""
     from tests.additive import compute_additive, first_of_each_kind, make_additive_inputs
     from tests.cases import make_inputs
+    from tests.choices import call_all, sanitized_choices
     from tests.compare import compute
     from tests.gpu import moved, moved_inputs
 
@@ -329,6 +330,10 @@ def run_all_kernels(device: str, dtypes: tuple[str, ...]) -> Reports:
         for additive in first_of_each_kind():
             inputs = make_additive_inputs(additive, getattr(torch, dtype))
             compute_additive(inputs.moved(lambda x: moved(x, torch.device(device))))
+            done += 1
+            yield Report(summary=f"{done} cases")
+        for case in sanitized_choices():
+            call_all(moved_inputs(make_inputs(case, getattr(torch, dtype)), torch.device(device)))
             done += 1
             yield Report(summary=f"{done} cases")
     torch.ops.fastattn.dropout_mask(torch.tensor([3, 4], device=device), 1, 2, 5, 70, 0.3)

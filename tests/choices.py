@@ -265,3 +265,26 @@ def wrong_tops(inputs: Inputs, weights: Tensor, index: Tensor, relative: float) 
     ):
         found.append("keys of different scores have the same weight")
     return found
+
+
+# ---------------------------------------------------------------------------------------------------- compute-sanitizer
+
+
+def sanitized_choices() -> list[Case]:
+    """Cases of both in which every kernel runs; tests/test_gpu_check.py looks after that."""
+    return [HARD_CASES[2], HARD_CASES[6], HARD_CASES[7], HARD_CASES[11], HARD_CASES[13]]
+
+
+def call_all(inputs: Inputs) -> None:
+    """Every operator of hard attention and of the summary, each gradient present and absent."""
+    kwargs = inputs.kwargs
+    q, k, v, mask, kv_lengths = inputs.q, inputs.k, inputs.v, kwargs.get("mask"), kwargs.get("kv_lengths")
+    left, right = (-1 if side is None else side for side in kwargs.get("window") or (None, None))
+    causal = {False: 0, "top_left": 1, "bottom_right": 2}[kwargs.get("causal", False)]
+    shape = (causal, left, right, kwargs.get("scale"))
+    ops = torch.ops.fastattn
+    for rng_state in (torch.tensor([3, 4], device=q.device), None):
+        _, index, _, stats = ops.hard_attention_forward(q, k, v, mask, kv_lengths, rng_state, *shape, True)
+        for d_o, d_log_prob in ((inputs.d_o, inputs.d_lse), (None, None)):
+            ops.hard_attention_backward(d_o, d_log_prob, q, k, v, index, stats, mask, kv_lengths, *shape)
+    ops.attention_summary(q, k, None, mask, None, None, kv_lengths, None, *shape, 0.0, 8, True)

@@ -87,6 +87,13 @@ def test_numbers_that_overflow_the_exponential(isa: str, dtype: torch.dtype, siz
         torch.testing.assert_close(ours.double(), theirs.double(), atol=20 * eps, rtol=20 * eps)
 
 
+def test_w_learns_from_very_many_sequences() -> None:
+    """The sum over batches does not drift: a chain of as many float32 additions would."""
+    case = Case(3, 5, D=8, B=20_000, H=1, w="h")
+    broken = violations(compute(make_inputs(case, torch.float32).require_grad()), expected(case, torch.float32))
+    assert not broken, "\n".join(broken)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_one_head_without_its_dimension(isa: str, dtype: torch.dtype) -> None:
     """(B, L, D) is (B, 1, L, D), bit for bit: results, gradients, masks, lengths; w is (D,) or (1, D)."""
@@ -253,9 +260,9 @@ def test_blind_rows_are_exactly_zero(isa: str, dtype: torch.dtype) -> None:
 # --- The same bits ----------------------------------------------------------------------------------------------------
 
 REPEATED = [
-    Case(197, 197, D=33, B=2, Hkv=3, w="h"),
+    Case(130, 131, D=17, B=2, Hkv=2, w="h"),
     Case(90, 333, D=16, Hkv=1, gqa=4, causal="bottom_right", w=""),
-    Case(600, 300, D=8, Hkv=1, causal="top_left", w="h"),
+    Case(530, 300, D=5, Hkv=1, causal="top_left", w="h"),
     Case(1, 700, D=16, B=3, gqa=2, kv_lengths=(700, 0, 131), dropout_p=0.3, w=""),
 ]
 
@@ -443,14 +450,15 @@ def operator_arguments(feature: str, w_shape: tuple[int, ...], grad: bool) -> tu
     return q, k, v, w, kwargs.get("mask"), kwargs.get("kv_lengths"), state, causal, dropout_p
 
 
-@each_feature
-@each_w
+@pytest.mark.parametrize(
+    ("feature", "w_shape"), [*((feature, (Hq, D)) for feature in FEATURES), ("dense", (D,)), ("all", (D,))]
+)
 def test_opcheck(feature: str, w_shape: tuple[int, ...]) -> None:
     torch.library.opcheck(ops.additive_attention_forward.default, (*operator_arguments(feature, w_shape, True), True))
     args = operator_arguments(feature, w_shape, False)
     torch.library.opcheck(ops.additive_attention_forward.default, (*args, False))
     o, lse, stats = ops.additive_attention_forward(*args, True)
-    for d_lse in (None, torch.randn_like(lse)):
+    for d_lse in (None, torch.randn_like(lse)) if feature == "dense" else (torch.randn_like(lse),):
         upstream = (torch.randn_like(o), d_lse)
         torch.library.opcheck(ops.additive_attention_backward.default, (*upstream, *args[:4], o, stats, *args[4:]))
 
@@ -469,7 +477,7 @@ def test_compile(feature: str, backend: str, rank: int) -> None:
         kwargs |= {"mask": kwargs["mask"][:, 0]} if "mask" in kwargs else {}
     if backend == "inductor":
         kwargs.pop("dropout_p", None)  # it draws other random numbers
-    for dynamic in (False, True) if backend == "aot_eager" else (None,):
+    for dynamic in (False, True) if feature == "all" and rank == 4 else (True,):
         compiled = torch.compile(fastattn.additive_attention, fullgraph=True, dynamic=dynamic, backend=backend)
         results = []
         for function in (compiled, fastattn.additive_attention):

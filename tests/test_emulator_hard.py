@@ -17,43 +17,10 @@ from .cases import Case, Inputs, make_inputs
 from .choices import HARD_CASES, Choice, hard_quantities, score_error, violations, wrong_choices
 from .compare import Quantities
 from .emulated import MANY_MULTIPROCESSORS, NEVER_SPLIT, arguments, array, core, tensor
+from .emulated_choices import BACKWARD, RNG_STATE, compute_hard, hard_backward, hard_forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-RNG_STATE = (0x1234_5678_9ABC_DEF0, 0x77)
-FORWARD = ("o", "index", "log_prob", "row_max", "row_sum")
-BACKWARD = ("dq", "dk", "dv")
-
-
-def forward(inputs: Inputs, rng_state: tuple[int, int] | None, **emulator: Any) -> tuple[dict[str, Any], Choice]:
-    kwargs = arguments(inputs, torch.tensor(rng_state) if rng_state else None)
-    q, k, v = (array(x) for x in (inputs.q, inputs.k, inputs.v))
-    results = core.emulated_hard_attention_forward(
-        q, k, v, is_sampled=rng_state is not None, emulator=emulator, **kwargs
-    )
-    return results, Choice(*(tensor(results[name]) for name in ("index", "o", "log_prob")))
-
-
-def backward(inputs: Inputs, results: dict[str, Any], *, d_o: bool = True, d_log_prob: bool = True, **emulator: Any):
-    q, k, v = (array(x) for x in (inputs.q, inputs.k, inputs.v))
-    return core.emulated_hard_attention_backward(
-        q,
-        k,
-        v,
-        results,
-        d_o=array(inputs.d_o) if d_o else None,
-        d_log_prob=inputs.d_lse.numpy() if d_log_prob else None,
-        emulator=emulator,
-        **arguments(inputs, None),
-    )
-
-
-def compute(inputs: Inputs, rng_state: tuple[int, int] | None = RNG_STATE, **emulator: Any):
-    """Everything that a forward and a backward call write, and what they ran."""
-    results, _ = forward(inputs, rng_state, **emulator)
-    gradients = backward(inputs, results, **emulator)
-    found = {name: tensor(results[name]) for name in FORWARD} | {name: tensor(gradients[name]) for name in BACKWARD}
-    return found, [results["run"], gradients["run"]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -63,11 +30,11 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     for rng_state in (RNG_STATE, None):
         for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-            results, choice = forward(inputs, rng_state, multiprocessors=multiprocessors)
+            results, choice = hard_forward(inputs, rng_state, multiprocessors=multiprocessors)
             wrong = wrong_choices(inputs, choice, rng_state)
             exact = hard_quantities(inputs, choice.index, torch.float64)
             plain = hard_quantities(inputs, choice.index, dtype)
-            gradients = backward(inputs, results)
+            gradients = hard_backward(inputs, results)
             got = {"log_prob": choice.log_prob} | {name: tensor(gradients[name]) for name in BACKWARD}
             wrong += violations(got, exact, plain, 2 * score_error(inputs))
             assert not wrong, "\n".join([f"{case.id} in {dtype}, {rng_state}, {multiprocessors}:", *wrong])
@@ -82,7 +49,7 @@ def test_the_draw_is_the_cpus(case: Case, dtype: torch.dtype) -> None:
     left, right = (-1 if side is None else side for side in kwargs.get("window") or (None, None))
     causal = {False: 0, "top_left": 1, "bottom_right": 2}[kwargs.get("causal", False)]
     for rng_state in (RNG_STATE, None):
-        _, emulated = forward(inputs, rng_state)
+        _, emulated = hard_forward(inputs, rng_state)
         o, index, log_prob, _ = torch.ops.fastattn.hard_attention_forward(
             *(inputs.q, inputs.k, inputs.v, kwargs.get("mask"), kwargs.get("kv_lengths")),
             *(torch.tensor(rng_state) if rng_state else None, causal, left, right, kwargs.get("scale"), False),
@@ -99,7 +66,7 @@ def test_statistics_are_attentions() -> None:
     for case in (HARD_CASES[0], HARD_CASES[3], HARD_CASES[8], HARD_CASES[10]):
         for dtype in DTYPES:
             inputs = make_inputs(case, dtype)
-            hard, _ = forward(inputs, RNG_STATE)
+            hard, _ = hard_forward(inputs, RNG_STATE)
             q, k, v = (array(x) for x in (inputs.q, inputs.k, inputs.v))
             soft = core.emulated_attention_forward(q, k, v, **arguments(inputs, None))
             assert (hard["row_max"] == soft["row_max"]).all()
@@ -111,7 +78,7 @@ def test_one_visible_key_leaves_no_gradient_of_scores(dtype: torch.dtype) -> Non
     for case in (Case(70, 1, D=32), Case(70, 70, D=32, window=(0, 0)), Case(70, 70, D=64, Hkv=1, window=(0, 0))):
         inputs = make_inputs(case, dtype)
         inputs.q.detach().mul_(30)
-        got, _ = compute(inputs)
+        got, _ = compute_hard(inputs)
         assert (got["row_sum"] == 1).all()
         assert (got["log_prob"] == 0).all()
         assert (got["dq"] == 0).all()
@@ -123,7 +90,7 @@ def test_noise_is_counted_as_dropout_counts() -> None:
     inputs = make_inputs(Case(70, 131, D=8, B=2, gqa=2), torch.float32)
     inputs.q.zero_()
     for rng_state in (RNG_STATE, (0, 0), (2**64 - 1 - 2**63, 2**40 + 3)):
-        _, choice = forward(inputs, rng_state)
+        _, choice = hard_forward(inputs, rng_state)
         assert not wrong_choices(inputs, choice, rng_state)
         assert wrong_choices(inputs, choice, (rng_state[0], rng_state[1] + 1))
         assert choice.index.unique().numel() > 100
@@ -137,7 +104,7 @@ def test_the_lowest_key_wins_among_equals(dtype: torch.dtype) -> None:
     inputs.k[:] = inputs.k[:, :, :1]
     inputs.k[:, :, 77:] = -inputs.k[:, :, 77:]  # keys 0 to 76 are one key, the others its opposite
     for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-        _, choice = forward(inputs, None, multiprocessors=multiprocessors)
+        _, choice = hard_forward(inputs, None, multiprocessors=multiprocessors)
         assert set(choice.index.unique().tolist()) == {0, 77}
 
 
@@ -152,7 +119,7 @@ def test_nan_goes_to_the_first_visible_key(dtype: torch.dtype) -> None:
     )  # the diagonal starts at Lk - Lq
     for rng_state in (RNG_STATE, None):
         for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-            _, choice = forward(inputs, rng_state, multiprocessors=multiprocessors)
+            _, choice = hard_forward(inputs, rng_state, multiprocessors=multiprocessors)
             is_nan = torch.zeros(1, 2, 70, dtype=torch.bool)
             is_nan[0, 1, 5:9] = True
             is_nan[0, 0] |= keep[:, 120]
@@ -164,9 +131,9 @@ def test_nan_goes_to_the_first_visible_key(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("which", ["d_o", "d_log_prob", "neither"])
 def test_absent_gradients_are_zero(which: str) -> None:
     inputs = make_inputs(Case(70, 90, D=20, Dv=12, B=2, gqa=2), torch.bfloat16)
-    results, _ = forward(inputs, RNG_STATE)
-    whole = backward(inputs, results)
-    part = backward(inputs, results, d_o=which == "d_o", d_log_prob=which == "d_log_prob")
+    results, _ = hard_forward(inputs, RNG_STATE)
+    whole = hard_backward(inputs, results)
+    part = hard_backward(inputs, results, d_o=which == "d_o", d_log_prob=which == "d_log_prob")
     for name in BACKWARD:
         given = which == ("d_o" if name == "dv" else "d_log_prob")
         assert (part[name] == (whole[name] if given else 0)).all(), name
@@ -175,10 +142,10 @@ def test_absent_gradients_are_zero(which: str) -> None:
 def test_values_are_added_up_however_many_take_them() -> None:
     """All rows take one key: more hits than the kernel has under way at a time."""
     inputs = make_inputs(Case(100, 40, D=16, Dv=70, gqa=3), torch.float32)
-    results, _ = forward(inputs, RNG_STATE)
+    results, _ = hard_forward(inputs, RNG_STATE)
     for key in (0, 7, 8, 39):
         results["index"][:] = key
-        dv = tensor(backward(inputs, results)["dv"])
+        dv = tensor(hard_backward(inputs, results)["dv"])
         wanted = inputs.d_o.double().sum(2).unflatten(1, (2, 3)).sum(2)
         torch.testing.assert_close(dv[:, :, key].double(), wanted, rtol=1e-5, atol=1e-4)
         dv[:, :, key] = 0
@@ -206,8 +173,8 @@ def test_padding_is_not_read(dtype: torch.dtype) -> None:
     ):
         inputs = make_inputs(case, dtype)
         for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-            wanted, _ = compute(inputs, multiprocessors=multiprocessors)
-            got, _ = compute(poisoned(inputs), multiprocessors=multiprocessors)
+            wanted, _ = compute_hard(inputs, multiprocessors=multiprocessors)
+            got, _ = compute_hard(poisoned(inputs), multiprocessors=multiprocessors)
             for name, x in wanted.items():
                 assert torch.equal(got[name], x), name
 
@@ -241,9 +208,9 @@ def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> Non
         {"seed": 4, "threads": 1},
     ]
     for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-        wanted, _ = compute(inputs, multiprocessors=multiprocessors)
+        wanted, _ = compute_hard(inputs, multiprocessors=multiprocessors)
         for setting in settings:
-            got, _ = compute(inputs, multiprocessors=multiprocessors, **setting)
+            got, _ = compute_hard(inputs, multiprocessors=multiprocessors, **setting)
             for name, x in wanted.items():
                 assert torch.equal(got[name], x), f"{name} with {setting}"
 
@@ -251,7 +218,7 @@ def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> Non
 def outcome(inputs: Inputs, wanted: Quantities, **emulator: Any) -> str:
     """What comes of a run: "" if it is right to the bit, else what went wrong."""
     try:
-        got, _ = compute(inputs, **emulator)
+        got, _ = compute_hard(inputs, **emulator)
     except RuntimeError as error:
         return str(error)
     wrong = [name for name, x in wanted.items() if not torch.equal(got[name].nan_to_num(), x.nan_to_num())]
@@ -263,7 +230,7 @@ def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
     missed: dict[tuple[str, int, str], str] = {}
     for case in TELLING:
         inputs = make_inputs(case, dtype)
-        wanted, ran = compute(inputs)
+        wanted, ran = compute_hard(inputs)
         for run in ran:
             for file, line, kind, calls, _ in run["sites"]:
                 if (
@@ -283,7 +250,7 @@ def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_main_loops_are_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case(100, 140, D=D, Hkv=1, causal="bottom_right"), dtype)
-    _, ran = compute(inputs)
+    _, ran = compute_hard(inputs)
     for run in ran:
         conflicts = {
             (Path(file).name, kind): n
@@ -319,8 +286,8 @@ def test_keys_are_split_where_rows_are_few() -> None:
 def test_parts_of_the_keys_agree() -> None:
     """Split or not, the same key but for rounding, and the merge of the parts leaves the same statistics."""
     inputs = make_inputs(Case(2, 700, D=64, Hkv=2), torch.bfloat16)
-    whole, _ = forward(inputs, RNG_STATE, multiprocessors=NEVER_SPLIT)
-    split, _ = forward(inputs, RNG_STATE, multiprocessors=MANY_MULTIPROCESSORS)
+    whole, _ = hard_forward(inputs, RNG_STATE, multiprocessors=NEVER_SPLIT)
+    split, _ = hard_forward(inputs, RNG_STATE, multiprocessors=MANY_MULTIPROCESSORS)
     assert (
         core.cuda_hard_forward_plan(
             dtype="bfloat16",
@@ -342,7 +309,7 @@ def test_parts_of_the_keys_agree() -> None:
 
 def test_kernels_are_those_of_the_table() -> None:
     inputs = make_inputs(HARD_CASES[0], torch.float16)
-    _, ran = compute(inputs)
+    _, ran = compute_hard(inputs)
     assert [run["kernels"] for run in ran] == [
         ["hard_attention_forward", "hard_attention_finish"],
         [
@@ -355,5 +322,5 @@ def test_kernels_are_those_of_the_table() -> None:
 
 
 def test_the_tensor_type_of_index_survives() -> None:
-    index: Tensor = forward(make_inputs(HARD_CASES[1], torch.bfloat16), None)[1].index
+    index: Tensor = hard_forward(make_inputs(HARD_CASES[1], torch.bfloat16), None)[1].index
     assert index.dtype == torch.int64

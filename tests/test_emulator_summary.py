@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from .cases import Case, Inputs, make_inputs
 from .choices import (
@@ -24,24 +23,10 @@ from .choices import (
 )
 from .compare import Quantities
 from .emulated import arguments, array, core, tensor
+from .emulated_choices import compute_summary
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-RESULTS = ("entropy", "max_weight", "top_weights", "top_index", "key_mass", "lse", "row_max", "row_sum")
-
-
-def summary(inputs: Inputs, *, top_k: int = 8, key_mass: bool = True, rows: Tensor | None = None, **emulator: Any):
-    """Everything that is written, and what ran."""
-    results = core.emulated_attention_summary(
-        array(inputs.q),
-        array(inputs.k),
-        top_k=top_k,
-        key_mass=key_mass,
-        row_mask=None if rows is None else rows.numpy(),
-        emulator=emulator,
-        **arguments(inputs, None),
-    )
-    return {name: tensor(results[name]) for name in RESULTS if name in results}, results["run"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -49,7 +34,7 @@ def summary(inputs: Inputs, *, top_k: int = 8, key_mass: bool = True, rows: Tens
 def test_parity(case: Case, top_k: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     rows = random_rows(case) if case.Lq % 2 else None
-    got, _ = summary(inputs, top_k=top_k, rows=rows)
+    got, _ = compute_summary(inputs, top_k=top_k, rows=rows)
     exact = summary_quantities(inputs, torch.float64, top_k, rows)
     plain = summary_quantities(inputs, dtype, top_k, rows)
     # A score beside a finite mask value has lost its last bits, in plain float32 code as well.
@@ -65,7 +50,7 @@ def test_statistics_are_attentions() -> None:
     for case, _ in (SUMMARY_CASES[0], SUMMARY_CASES[4], SUMMARY_CASES[11]):
         for dtype in DTYPES:
             inputs = make_inputs(case, dtype)
-            got, _ = summary(inputs)
+            got, _ = compute_summary(inputs)
             q, k = array(inputs.q), array(inputs.k)
             soft = core.emulated_attention_forward(q, k, k, **arguments(inputs, None))
             assert torch.equal(got["row_max"], tensor(soft["row_max"]))
@@ -80,7 +65,7 @@ def test_the_lower_key_comes_first_among_equals(top_k: int, dtype: torch.dtype) 
     generator = torch.Generator().manual_seed(3)
     q, k = (torch.randint(-1, 2, (1, 2, n, 16), generator=generator).to(dtype) for n in (70, 200))
     inputs = Inputs(q, k, k, q, q[..., 0].float(), {"scale": 0.5, "causal": "bottom_right"})
-    got, _ = summary(inputs, top_k=top_k)
+    got, _ = compute_summary(inputs, top_k=top_k)
     s = scores_in(inputs, torch.float64)
     order = s.sort(dim=-1, descending=True, stable=True)
     wanted = order.indices[..., :top_k].masked_fill(order.values[..., :top_k] == -math.inf, -1)
@@ -94,7 +79,7 @@ def test_sorted_scores(ascending: bool) -> None:
     k = k if ascending else k.flip(2)
     q = torch.ones(1, 1, 20, 1)
     inputs = Inputs(q, k, k, q, q[..., 0], {"scale": 0.125})
-    got, _ = summary(inputs, top_k=100)
+    got, _ = compute_summary(inputs, top_k=100)
     best = torch.arange(149, 49, -1) if ascending else torch.arange(100)
     assert torch.equal(got["top_index"], best.expand(1, 1, 20, 100))
 
@@ -103,7 +88,7 @@ def test_sorted_scores(ascending: bool) -> None:
 def test_rows_hidden_by_finite_values_are_uniform(dtype: torch.dtype) -> None:
     inputs = make_inputs(Case(37, 130, D=16, gqa=2), dtype)
     inputs.kwargs["bias"] = torch.full((1, 1, 37, 130), torch.finfo(torch.float32).min)
-    got, _ = summary(inputs, top_k=4)
+    got, _ = compute_summary(inputs, top_k=4)
     torch.testing.assert_close(got["entropy"], torch.full_like(got["entropy"], math.log(130)), rtol=1e-6, atol=0)
     torch.testing.assert_close(got["key_mass"], torch.full_like(got["key_mass"], 37 / 130), rtol=1e-5, atol=0)
     assert torch.equal(got["top_index"], torch.arange(4).expand(1, 4, 37, 4))
@@ -111,7 +96,7 @@ def test_rows_hidden_by_finite_values_are_uniform(dtype: torch.dtype) -> None:
 
 def test_one_visible_key() -> None:
     for case in (Case(70, 1, D=32), Case(70, 70, D=32, window=(0, 0))):
-        got, _ = summary(make_inputs(case, torch.bfloat16), top_k=2)
+        got, _ = compute_summary(make_inputs(case, torch.bfloat16), top_k=2)
         assert (got["row_sum"] == 1).all()
         assert (got["entropy"] == 0).all()
         assert (got["max_weight"] == 1).all()
@@ -124,23 +109,23 @@ def test_rows_that_do_not_count() -> None:
     case = Case(70, 100, D=16, B=2, gqa=2)
     inputs = make_inputs(case, torch.bfloat16)
     rows = random_rows(case)[:, :1]
-    wanted, _ = summary(inputs, rows=rows)
-    written_out, _ = summary(inputs, rows=rows.expand(2, 4, 70).contiguous())
+    wanted, _ = compute_summary(inputs, rows=rows)
+    written_out, _ = compute_summary(inputs, rows=rows.expand(2, 4, 70).contiguous())
     assert torch.equal(wanted["key_mass"], written_out["key_mass"])
     inputs.q.masked_fill_(~rows.unsqueeze(-1), math.nan)
-    got, _ = summary(inputs, rows=rows)
+    got, _ = compute_summary(inputs, rows=rows)
     assert torch.equal(got["key_mass"], wanted["key_mass"])
     assert got["entropy"][~rows.expand(2, 4, 70)].isnan().all()
-    none, _ = summary(inputs, rows=torch.zeros(1, 1, 1, dtype=torch.bool))
+    none, _ = compute_summary(inputs, rows=torch.zeros(1, 1, 1, dtype=torch.bool))
     assert (none["key_mass"] == 0).all()
 
 
 def test_nan_stays_in_its_row() -> None:
     """And is all that is said of it, to the last entry of its list."""
     inputs = make_inputs(Case(70, 100, D=16, B=2, causal="bottom_right"), torch.float32)
-    wanted, _ = summary(inputs, top_k=120)
+    wanted, _ = compute_summary(inputs, top_k=120)
     inputs.q[1, 0, 33] = math.nan
-    got, _ = summary(inputs, top_k=120)
+    got, _ = compute_summary(inputs, top_k=120)
     for name in ("entropy", "max_weight", "top_weights", "lse"):
         assert got[name][1, 0, 33].isnan().all()
         got[name][1, 0, 33] = wanted[name][1, 0, 33]
@@ -150,9 +135,9 @@ def test_nan_stays_in_its_row() -> None:
 
 def test_what_is_not_wanted_is_not_computed() -> None:
     inputs = make_inputs(SUMMARY_CASES[0][0], torch.float16)
-    whole, ran = summary(inputs, top_k=8)
+    whole, ran = compute_summary(inputs, top_k=8)
     assert ran["kernels"] == ["summary_rows", "summary_mass"]
-    part, ran = summary(inputs, top_k=0, key_mass=False)
+    part, ran = compute_summary(inputs, top_k=0, key_mass=False)
     assert ran["kernels"] == ["summary_rows"]
     for name in ("entropy", "max_weight", "lse"):
         assert torch.equal(part[name], whole[name])
@@ -172,8 +157,8 @@ def test_padding_is_not_read(dtype: torch.dtype) -> None:
         k = inputs.k.clone()
         for b, length in enumerate(inputs.kwargs["kv_lengths"]):
             k[b, :, length:] = math.nan
-        wanted, _ = summary(inputs)
-        got, _ = summary(replace(inputs, k=k))
+        wanted, _ = compute_summary(inputs)
+        got, _ = compute_summary(replace(inputs, k=k))
         for name, x in wanted.items():
             assert torch.equal(got[name], x), name
 
@@ -200,7 +185,7 @@ TELLING = [
 @pytest.mark.parametrize("case", TELLING, ids=lambda case: case.id)
 def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
-    wanted, _ = summary(inputs)
+    wanted, _ = compute_summary(inputs)
     settings: list[dict[str, Any]] = [
         {"seed": 1},
         {"seed": 2, "copies": "at_wait"},
@@ -208,7 +193,7 @@ def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> Non
         {"seed": 4, "threads": 1},
     ]
     for setting in settings:
-        got, _ = summary(inputs, **setting)
+        got, _ = compute_summary(inputs, **setting)
         for name, x in wanted.items():
             assert torch.equal(got[name], x), f"{name} with {setting}"
 
@@ -216,7 +201,7 @@ def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> Non
 def outcome(inputs: Inputs, wanted: Quantities, **emulator: Any) -> str:
     """What comes of a run: "" if it is right to the bit, else what went wrong."""
     try:
-        got, _ = summary(inputs, **emulator)
+        got, _ = compute_summary(inputs, **emulator)
     except RuntimeError as error:
         return str(error)
     wrong = [name for name, x in wanted.items() if not torch.equal(got[name].nan_to_num(), x.nan_to_num())]
@@ -228,7 +213,7 @@ def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
     missed: dict[tuple[str, int, str], str] = {}
     for case in TELLING:
         inputs = make_inputs(case, dtype)
-        wanted, run = summary(inputs)
+        wanted, run = compute_summary(inputs)
         for file, line, kind, calls, _ in run["sites"]:
             if kind in ("sync_block", "sync_warp", "cp_async_wait") and calls and not missed.get((file, line, kind)):
                 skip = (file, line, kind)
@@ -243,7 +228,7 @@ def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_main_loops_are_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case(100, 140, D=D, Hkv=1, causal="bottom_right", bias="1h1k"), dtype)
-    _, run = summary(inputs)
+    _, run = compute_summary(inputs)
     conflicts = {
         (Path(file).name, kind): n
         for file, _, kind, _, n in run["sites"]

@@ -401,8 +401,10 @@ def every_kernel() -> set[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_compute_sanitizer_sees_every_kernel(dtype: torch.dtype, multiprocessors: int) -> None:
     from .additive import first_of_each_kind, make_additive_inputs
+    from .choices import sanitized_choices
     from .emulated import compute_emulated
     from .emulated_additive import compute_emulated_additive
+    from .emulated_choices import compute_hard, compute_summary
 
     launched = {"dropout_mask"}  # by an operator of its own
     runs = [compute_emulated(make_inputs(case, dtype), multiprocessors=multiprocessors)
@@ -410,6 +412,11 @@ def test_compute_sanitizer_sees_every_kernel(dtype: torch.dtype, multiprocessors
     runs += [compute_emulated_additive(make_additive_inputs(case, dtype)) for case in first_of_each_kind()]
     for _, ran in runs:
         launched |= {name for run in ran.values() for name in run["kernels"]}
+    launched.add("zero_rows")  # where a gradient is absent
+    for case in sanitized_choices():
+        inputs = make_inputs(case, dtype)
+        for run in (*compute_hard(inputs, multiprocessors=multiprocessors)[1], compute_summary(inputs)[1]):
+            launched |= set(run["kernels"])
     assert launched == every_kernel()
 
 

@@ -152,13 +152,19 @@ void run_backward(const AttentionGradParams& gp, const HardAttentionGradParams* 
     });
   }
   if (gp.dw != nullptr) {
-    float* dw = static_cast<float*>(gp.dw);
-    std::memset(dw, 0, dw_bytes);
-    // By chunks, batches and heads, as the partials lie.
-    for (int64_t part = 0; part < plan.chunks * heads; ++part) {
-      float* to = dw + part % dw_rows * p.D;
-      const float* from = dw_partials + part * plan.dq_row_floats;
-      for (int64_t d = 0; d < p.D; ++d) to[d] += from[d];
+    // In the partials' order: chunks, batches, heads. In double, for a float's sum of very many batches would drift.
+    constexpr int64_t kColumns = 64;
+    for (int64_t row = 0; row < dw_rows; ++row) {
+      for (int64_t d0 = 0; d0 < p.D; d0 += kColumns) {
+        const int64_t columns = min_i64(kColumns, p.D - d0);
+        double sum[kColumns] = {};
+        for (int64_t part = row; part < plan.chunks * heads; part += dw_rows) {
+          const float* from = dw_partials + part * plan.dq_row_floats + d0;
+          for (int64_t d = 0; d < columns; ++d) sum[d] += static_cast<double>(from[d]);
+        }
+        float* to = static_cast<float*>(gp.dw) + row * p.D + d0;
+        for (int64_t d = 0; d < columns; ++d) to[d] = static_cast<float>(sum[d]);
+      }
     }
   }
   if (d_sinks != nullptr) {

@@ -109,7 +109,7 @@ double backward_row(const AttentionGradParams& g, const Row& row, const Backward
   const double d_lse = g.d_lse ? static_cast<const double*>(g.d_lse)[row.stat()] : 0.0;
   const double delta = dot(d_o, o, p.Dv);
 
-  // A row's sum first: with a running sum over rows and keys, each of its additions would be rounded at the size of all.
+  // A row's sum first: in one sum over all rows and keys, every addition would be rounded at the size of the whole.
   if (p.w) std::fill(scratch.dw, scratch.dw + p.D, 0.0);
   row.compute_scores(scratch.scores, scratch.cap_derivative);
   for (int64_t j = row.begin; j < row.end; ++j) {

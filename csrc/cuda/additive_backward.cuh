@@ -286,15 +286,22 @@ struct AdditiveWeightGradientKernel {
     const AttentionParams& a = p.grad.forward;
     const int column_blocks = static_cast<int>((a.D + 31) / 32), cta = static_cast<int>(block_index());
     const int h = cta / column_blocks, d = cta % column_blocks * 32 + (thread_index() & 31), warp = thread_index() >> 5;
-    const bool is_shared = a.w_stride == 0;
-    // Parts that follow one another in memory, and how many such runs: all of them, or those of one head in a batch.
-    const int64_t run = is_shared ? a.B * a.Hq * p.row_blocks : p.row_blocks, runs = is_shared ? 1 : a.B;
+    const int heads = a.w_stride == 0 ? 1 : static_cast<int>(a.Hq);
+    const int run = heads == 1 ? static_cast<int>(a.Hq) * p.row_blocks : p.row_blocks;  // of parts that are neighbours
+    const int parts = run * static_cast<int>(a.B);
+    // Part n of the head.
+    const auto part = [&](int n) {
+      return p.dw_parts[(static_cast<int64_t>(n / run * heads + h) * run + n % run) * a.D + d];
+    };
     float sum = 0.0f;
     if (d < a.D) {
-      for (int64_t b = 0; b < runs; ++b) {
-        const float* part = p.dw_parts + (b * a.Hq + h) * p.row_blocks * a.D + d;
+      // By blocks, whose sums are added: one long sum over a large batch would lose more than float32 has to.
+      for (int n = warp; n < parts;) {
+        const int end = parts - n < 32 * kWarps ? parts : n + 32 * kWarps;
+        float block = 0.0f;
 #pragma unroll 4
-        for (int64_t n = warp; n < run; n += kWarps) sum += part[n * a.D];
+        for (; n < end; n += kWarps) block += part(n);
+        sum += block;
       }
     }
     const SharedAddress sums = shared_base();

@@ -64,8 +64,8 @@ struct HardRowsKernel {
   }
 };
 
-// The end of a tile of dq or dk: scaled, rounded, and by way of the warp's own 16 rows of a tile in shared memory, which
-// only this warp has read, to `rows` rows of `columns` elements from `out` on.
+// The end of a tile of dq or dk: scaled, rounded, and by way of the warp's own 16 rows of a tile in shared memory,
+// which only this warp has read, to `rows` rows of `columns` elements from `out` on.
 template <class Tile, int kD>
 FASTATTN_DEVICE void write_gradient(float (&acc)[1][kD][4], float scale, SharedAddress staging, int warp_row, char* out,
                                     int64_t row_bytes, int rows, int columns, bool is_aligned) {
@@ -168,10 +168,10 @@ struct HardKeysKernel {
   }
 };
 
-// dv. One CTA = one warp = kKeys keys of one (batch, key head): it goes through the indices of all rows that see any of them, 32
-// at a time, of one query head after the other, and adds up the rows of dO that take one of its keys, in that order. A
-// lane owns every 32nd column, and what it sums lies in shared memory where only itself looks: there is nothing to wait
-// for. The rows that take one key may be many or none; hits are taken kBatch at a time, whose loads are under way
+// dv. One CTA = one warp = kKeys keys of one (batch, key head): it goes through the indices of all rows that see any of
+// them, 32 at a time, of one query head after the other, and adds up the rows of dO that take one of its keys, in that
+// order. A lane owns every 32nd column, and what it sums lies in shared memory where only itself looks: it waits for
+// nobody. The rows that take one key may be many or none; hits are taken kBatch at a time, whose loads are under way
 // together.
 template <DType kType>
 struct HardValuesKernel {

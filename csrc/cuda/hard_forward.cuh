@@ -219,8 +219,8 @@ struct HardFinishKernel {
         key = part_key;
       }
     }
-    // A NaN among the scores of a row compares with nothing, and makes the sum NaN: any visible key will do, but it must
-    // be one and the same everywhere.
+    // A NaN among the scores of a row compares with nothing, and makes the sum NaN: any visible key will do, but it
+    // must be one and the same everywhere.
     if (state.l != state.l) key = first_visible(a, b, h, i);
     if (lane == 0) {
       write_statistics(a, {state, 0.0f}, row);

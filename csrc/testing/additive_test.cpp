@@ -37,6 +37,7 @@ std::vector<Case> make_cases(int random_cases, unsigned random_seed) {
       {.Lq = 5, .Lk = 300, .D = 33, .causal = Causal::kBottomRight, .d_lse = true, .w = kFullH},
       {.Lq = 72, .Lk = 210, .D = 24, .causal = Causal::kTopLeft, .w = 0},  // a rest of eight rows
       {.Lq = 127, .Lk = 63, .D = 40, .causal = Causal::kBottomRight, .w = kFullH},
+      {.Lq = 130, .Lk = 130, .causal = Causal::kBottomRight, .left = 20, .right = 0, .w = kFullH},
       {.Lq = 33, .Lk = 205, .mask = kFullB + kFullQ + kFullK, .w = kFullH},
       {.Lq = 40, .Lk = 65, .D = 17, .kv_lengths = true, .d_lse = true, .dropout_p = 0.4, .w = 0},
       {.d_lse = true, .dropout_p = 1.0, .w = kFullH},
