@@ -89,7 +89,7 @@ def test_numbers_that_overflow_the_exponential(isa: str, dtype: torch.dtype, siz
 
 def test_w_learns_from_very_many_sequences() -> None:
     """The sum over batches does not drift: a chain of as many float32 additions would."""
-    case = Case(3, 5, D=8, B=20_000, H=1, w="h")
+    case = Case(3, 5, D=8, B=20_000, Hkv=1, w="h")
     broken = violations(compute(make_inputs(case, torch.float32).require_grad()), expected(case, torch.float32))
     assert not broken, "\n".join(broken)
 
