@@ -50,6 +50,17 @@ cuda::DeviceProperties properties_of(const Device& device) {
 
 using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 
+// Launches kernels with the scratch memory that they ask for.
+template <typename Params>
+void launch(size_t (*workspace_bytes)(const Params&, const cuda::DeviceProperties&),
+            void (*kernels)(const Params&, const cuda::DeviceProperties&, void* workspace, cuda::Stream),
+            const Params& params, const Device& device) {
+  const DeviceGuard guard(device.index);
+  const cuda::DeviceProperties properties = properties_of(device);
+  const Workspace workspace(workspace_bytes(params, properties), device);
+  reported([&] { kernels(params, properties, workspace.data(), current_stream(device)); });
+}
+
 }  // namespace
 
 void check_device(const Device& device) {
@@ -65,38 +76,23 @@ void check_device(const Device& device) {
 void set_rng_state(const int64_t* state, AttentionParams* params) { params->rng_state = state; }
 
 void attention_forward(const AttentionParams& params, const Device& device) {
-  const DeviceGuard guard(device.index);
-  const cuda::DeviceProperties properties = properties_of(device);
-  const Workspace workspace(cuda::forward_workspace_bytes(params, properties), device);
-  reported([&] { cuda::attention_forward(params, properties, workspace.data(), current_stream(device)); });
+  launch(cuda::forward_workspace_bytes, cuda::attention_forward, params, device);
 }
 
 void attention_backward(const AttentionGradParams& params, const Device& device) {
-  const DeviceGuard guard(device.index);
-  const cuda::DeviceProperties properties = properties_of(device);
-  const Workspace workspace(cuda::backward_workspace_bytes(params, properties), device);
-  reported([&] { cuda::attention_backward(params, properties, workspace.data(), current_stream(device)); });
+  launch(cuda::backward_workspace_bytes, cuda::attention_backward, params, device);
 }
 
 void hard_attention_forward(const HardAttentionParams& params, const Device& device) {
-  const DeviceGuard guard(device.index);
-  const cuda::DeviceProperties properties = properties_of(device);
-  const Workspace workspace(cuda::hard_forward_workspace_bytes(params, properties), device);
-  reported([&] { cuda::hard_attention_forward(params, properties, workspace.data(), current_stream(device)); });
+  launch(cuda::hard_forward_workspace_bytes, cuda::hard_attention_forward, params, device);
 }
 
 void hard_attention_backward(const HardAttentionGradParams& params, const Device& device) {
-  const DeviceGuard guard(device.index);
-  const cuda::DeviceProperties properties = properties_of(device);
-  const Workspace workspace(cuda::hard_backward_workspace_bytes(params, properties), device);
-  reported([&] { cuda::hard_attention_backward(params, properties, workspace.data(), current_stream(device)); });
+  launch(cuda::hard_backward_workspace_bytes, cuda::hard_attention_backward, params, device);
 }
 
 void attention_summary(const SummaryParams& params, const Device& device) {
-  const DeviceGuard guard(device.index);
-  const cuda::DeviceProperties properties = properties_of(device);
-  const Workspace workspace(cuda::summary_workspace_bytes(params, properties), device);
-  reported([&] { cuda::attention_summary(params, properties, workspace.data(), current_stream(device)); });
+  launch(cuda::summary_workspace_bytes, cuda::attention_summary, params, device);
 }
 
 void dropout_mask(uint8_t* keep, const int64_t* state, const MaskSizes& sizes, double p, const Device& device) {
