@@ -43,7 +43,7 @@ struct AttentionGradArguments {
   bool need_d_sinks;
 };
 
-// In `attention`, a hard choice has neither of bias, alibi_slopes, sinks, w, softcap and dropout_p.
+// In `attention`, a hard choice has none of bias, alibi_slopes, sinks, w, softcap and dropout_p.
 struct HardAttentionGradArguments {
   const AttentionArguments& attention;
   const std::optional<Tensor>& d_o;

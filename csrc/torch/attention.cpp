@@ -25,10 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const AttentionArguments& a
   p.o = o.mutable_data_ptr();
   row_strides(o, p.o_stride);
   p.lse = lse.mutable_data_ptr();
-  if (save_stats) {
-    p.row_max = stats.mutable_data_ptr();
-    p.row_sum = static_cast<char*>(p.row_max) + lse.numel() * static_cast<int64_t>(lse.element_size());
-  }
+  if (save_stats) point_at_stats(stats, &p);
   engine::attention_forward(p, device);
   return {o, lse, stats};
 }
@@ -64,8 +61,7 @@ AttentionGradients attention_backward(const AttentionGradArguments& a) {
     // The engine's o is an input here; the params hold one pointer for both passes.
     p.o = const_cast<void*>(o.const_data_ptr());
     row_strides(o, p.o_stride);
-    p.row_max = const_cast<void*>(stats.const_data_ptr());
-    p.row_sum = static_cast<char*>(p.row_max) + stats.numel() / 2 * static_cast<int64_t>(stats.element_size());
+    point_at_stats(stats, &p);
     g.d_o = d_o.const_data_ptr();
     row_strides(d_o, g.d_o_stride);
     if (d_lse) g.d_lse = d_lse->const_data_ptr();
@@ -86,7 +82,9 @@ AttentionGradients attention_backward(const AttentionGradArguments& a) {
   if (a.need_d_bias && dtype_code(*a.forward.bias) != accumulator) {
     d_bias = torch::stable::to(d_bias, a.forward.bias->scalar_type());
   }
-  if (a.forward.w && p.dtype != DType::kFloat32) dw = torch::stable::to(dw, a.forward.w->scalar_type());
+  if (a.forward.w && dtype_code(*a.forward.w) != accumulator) {
+    dw = torch::stable::to(dw, a.forward.w->scalar_type());
+  }
   return {dq, dk, dv, d_bias, d_sinks, dw};
 }
 

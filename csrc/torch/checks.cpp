@@ -407,7 +407,6 @@ AttentionParams check_summary(const SummaryArguments& a, bool for_cuda) {
     value_error("top_k is ", a.top_k, "; it must lie in [0, ", kMaxTopK,
                 "]: for more weights of a row call attention_weights.");
   }
-  p.v = nullptr;
   p.Dv = 0;
   return p;
 }

@@ -25,10 +25,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hard_attention_forward(const Attentio
 
   p.o = o.mutable_data_ptr();
   row_strides(o, p.o_stride);
-  if (save_stats) {
-    p.row_max = stats.mutable_data_ptr();
-    p.row_sum = static_cast<char*>(p.row_max) + stats.numel() / 2 * static_cast<int64_t>(stats.element_size());
-  }
+  if (save_stats) point_at_stats(stats, &p);
   hard.is_sampled = a.rng_state.has_value();
   hard.index = static_cast<int64_t*>(index.mutable_data_ptr());
   hard.log_prob = log_prob.mutable_data_ptr();
@@ -56,9 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> hard_attention_backward(const HardAttentionGr
     return {dq, dk, dv};
   }
 
-  // Inputs here; the params hold one pointer for both passes.
-  p.row_max = const_cast<void*>(stats.const_data_ptr());
-  p.row_sum = static_cast<char*>(p.row_max) + stats.numel() / 2 * static_cast<int64_t>(stats.element_size());
+  point_at_stats(stats, &p);
   g.index = static_cast<const int64_t*>(index.const_data_ptr());
   if (d_log_prob) g.d_log_prob = d_log_prob->const_data_ptr();
   if (d_o) {

@@ -18,7 +18,9 @@ void broadcast_strides(const Tensor& tensor, int64_t* stride, size_t dims) {
 }
 
 Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
-  Inputs inputs{with_contiguous_rows(a.q), with_contiguous_rows(a.k), with_contiguous_rows(a.v), {}, {}, {}, {}};
+  const Tensor k = with_contiguous_rows(a.k);
+  // Where k stands in for v, one copy of it will do.
+  Inputs inputs{with_contiguous_rows(a.q), k, &a.v == &a.k ? k : with_contiguous_rows(a.v), {}, {}, {}, {}};
   p->q = inputs.q.const_data_ptr();
   p->k = inputs.k.const_data_ptr();
   p->v = inputs.v.const_data_ptr();
@@ -59,6 +61,11 @@ Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
     engine::set_rng_state(static_cast<const int64_t*>(inputs.rng_state->const_data_ptr()), p);
   }
   return inputs;
+}
+
+void point_at_stats(const Tensor& stats, AttentionParams* p) {
+  p->row_max = const_cast<void*>(stats.const_data_ptr());
+  p->row_sum = static_cast<char*>(p->row_max) + stats.numel() / 2 * static_cast<int64_t>(stats.element_size());
 }
 
 Tensor empty_rows_like(const Tensor& like, int64_t B, int64_t H, int64_t L, int64_t D) {
