@@ -1,6 +1,6 @@
 // What one instruction set offers: a table of functions, filled by csrc/cpu/isa_<isa>.cpp and used by dispatch*.cpp.
 //
-// Work is cut into items here, by plain host functions, so that every level computes the same decomposition; a kernel
+// Work is cut into items there, by plain host functions, so that every level computes the same decomposition; a kernel
 // computes one item with scratch memory that it is given. Kernels allocate nothing and call nothing that throws.
 #pragma once
 

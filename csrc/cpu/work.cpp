@@ -72,8 +72,6 @@ double score_flop(const AttentionParams& p) {
          static_cast<double>(per_score + p.Dv);
 }
 
-// With one query per head, the query heads that share a key head become the rows of one: they then share each read of
-// its keys, and fill the lanes. Only where nothing but the length tells heads and rows apart.
 AttentionParams heads_as_rows(const AttentionParams& p) {
   const bool sees_all = p.causal != Causal::kTopLeft && p.window_left == kUnlimited && p.window_right == kUnlimited;
   const bool is_plain = p.w == nullptr && p.bias == nullptr && p.mask == nullptr && p.alibi_slopes == nullptr &&
