@@ -10,162 +10,89 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-// Calls f.run<Operands>() with the operands that serve the call. Additive scores are float arithmetic.
+// Calls f.operator()<Operands>() with the operands that serve the call. Additive scores are float arithmetic.
 template <class F>
 FASTATTN_FN auto with_operands(const AttentionParams& p, const F& f) {
   switch (p.dtype) {
     case DType::kBFloat16:
 #if FASTATTN_BF16_DOT
-      if (p.w == nullptr) return f.template run<Bf16Operands>();
+      if (p.w == nullptr) return f.template operator()<Bf16Operands>();
 #endif
-      return f.template run<FloatOperands<BFloat16>>();
+      return f.template operator()<FloatOperands<BFloat16>>();
     case DType::kFloat16:
-      return f.template run<FloatOperands<Float16>>();
+      return f.template operator()<FloatOperands<Float16>>();
     default:
-      return f.template run<FloatOperands<Float32>>();
+      return f.template operator()<FloatOperands<Float32>>();
   }
 }
 
-struct ForwardBytes {
-  const AttentionParams& p;
-  template <class Operands>
-  size_t run() const {
+size_t forward_scratch_bytes(const AttentionParams& p) {
+  return with_operands(p, [&]<class Operands>() {
     size_t bytes = 0;
     forward_scratch<Operands>(p, nullptr, &bytes);
     return bytes;
-  }
-};
-size_t forward_scratch_bytes(const AttentionParams& p) { return with_operands(p, ForwardBytes{p}); }
+  });
+}
 
-struct ForwardRun {
-  const AttentionParams& p;
-  const ForwardItem& item;
-  char* scratch;
-  template <class Operands>
-  void run() const {
-    forward_item_as<Operands>(p, item, scratch);
-  }
-};
 void forward_item(const AttentionParams& p, const ForwardItem& item, void* scratch) {
-  with_operands(p, ForwardRun{p, item, static_cast<char*>(scratch)});
+  with_operands(p, [&]<class Operands>() { forward_item_as<Operands>(p, item, static_cast<char*>(scratch)); });
 }
 
-struct BackwardBytes {
-  const AttentionGradParams& p;
-  int64_t chunk_keys;
-  bool dq_in_scratch;
-  template <class Operands>
-  size_t run() const {
+size_t backward_scratch_bytes(const AttentionGradParams& gp, int64_t chunk_keys, bool dq_in_scratch) {
+  return with_operands(gp.forward, [&]<class Operands>() {
     size_t bytes = 0;
-    backward_scratch<Operands>(p, chunk_keys, dq_in_scratch, nullptr, &bytes);
+    backward_scratch<Operands>(gp, chunk_keys, dq_in_scratch, nullptr, &bytes);
     return bytes;
-  }
-};
-size_t backward_scratch_bytes(const AttentionGradParams& p, int64_t chunk_keys, bool dq_in_scratch) {
-  return with_operands(p.forward, BackwardBytes{p, chunk_keys, dq_in_scratch});
+  });
 }
 
-struct BackwardRun {
-  const AttentionGradParams& p;
-  const BackwardTask& task;
-  char* scratch;
-  template <class Operands>
-  void run() const {
-    backward_task_as<Operands>(p, task, scratch);
-  }
-};
-void backward_task(const AttentionGradParams& p, const BackwardTask& task, void* scratch) {
-  with_operands(p.forward, BackwardRun{p, task, static_cast<char*>(scratch)});
+void backward_task(const AttentionGradParams& gp, const BackwardTask& task, void* scratch) {
+  with_operands(gp.forward,
+                [&]<class Operands>() { backward_task_as<Operands>(gp, task, static_cast<char*>(scratch)); });
 }
 
-struct ReduceDq {
-  const AttentionGradParams& p;
-  int64_t b, hq, i0, i1;
-  const float* partials;
-  int64_t chunks, chunk_stride;
-  template <class Operands>
-  void run() const {
-    reduce_dq_as<Operands>(p, b, hq, i0, i1, partials, chunks, chunk_stride);
-  }
-};
-void reduce_dq(const AttentionGradParams& p, int64_t b, int64_t hq, int64_t i0, int64_t i1, const float* partials,
+void reduce_dq(const AttentionGradParams& gp, int64_t b, int64_t hq, int64_t i0, int64_t i1, const float* partials,
                int64_t chunks, int64_t chunk_stride) {
-  with_operands(p.forward, ReduceDq{p, b, hq, i0, i1, partials, chunks, chunk_stride});
+  with_operands(gp.forward,
+                [&]<class Operands>() { reduce_dq_as<Operands>(gp, b, hq, i0, i1, partials, chunks, chunk_stride); });
 }
 
-struct HardBytes {
-  const HardAttentionParams& p;
-  template <class Operands>
-  size_t run() const {
+size_t hard_scratch_bytes(const HardAttentionParams& hp) {
+  return with_operands(hp.attention, [&]<class Operands>() {
     size_t bytes = 0;
-    draw_scratch<Operands>(p.attention, nullptr, &bytes);
+    draw_scratch<Operands>(hp.attention, nullptr, &bytes);
     return bytes;
-  }
-};
-size_t hard_scratch_bytes(const HardAttentionParams& p) { return with_operands(p.attention, HardBytes{p}); }
-
-struct HardRun {
-  const HardAttentionParams& p;
-  const ForwardItem& item;
-  char* scratch;
-  template <class Operands>
-  void run() const {
-    hard_item_as<Operands>(p, item, scratch);
-  }
-};
-void hard_item(const HardAttentionParams& p, const ForwardItem& item, void* scratch) {
-  with_operands(p.attention, HardRun{p, item, static_cast<char*>(scratch)});
+  });
 }
 
-struct SummaryBytes {
-  const SummaryParams& p;
-  template <class Operands>
-  size_t run() const {
+void hard_item(const HardAttentionParams& hp, const ForwardItem& item, void* scratch) {
+  with_operands(hp.attention, [&]<class Operands>() { hard_item_as<Operands>(hp, item, static_cast<char*>(scratch)); });
+}
+
+size_t summary_scratch_bytes(const SummaryParams& sp) {
+  return with_operands(sp.attention, [&]<class Operands>() {
     size_t bytes = 0;
-    summary_scratch<Operands>(p, nullptr, &bytes);
+    summary_scratch<Operands>(sp, nullptr, &bytes);
     return bytes;
-  }
-};
-size_t summary_scratch_bytes(const SummaryParams& p) { return with_operands(p.attention, SummaryBytes{p}); }
-
-struct SummaryRun {
-  const SummaryParams& p;
-  const ForwardItem& item;
-  char* scratch;
-  template <class Operands>
-  void run() const {
-    summary_item_as<Operands>(p, item, scratch);
-  }
-};
-void summary_item(const SummaryParams& p, const ForwardItem& item, void* scratch) {
-  with_operands(p.attention, SummaryRun{p, item, static_cast<char*>(scratch)});
+  });
 }
 
-struct KeyMassBytes {
-  const SummaryParams& p;
-  int64_t chunk_keys;
-  template <class Operands>
-  size_t run() const {
+void summary_item(const SummaryParams& sp, const ForwardItem& item, void* scratch) {
+  with_operands(sp.attention,
+                [&]<class Operands>() { summary_item_as<Operands>(sp, item, static_cast<char*>(scratch)); });
+}
+
+size_t key_mass_scratch_bytes(const SummaryParams& sp, int64_t chunk_keys) {
+  return with_operands(sp.attention, [&]<class Operands>() {
     size_t bytes = 0;
-    key_mass_scratch<Operands>(p, chunk_keys, nullptr, &bytes);
+    key_mass_scratch<Operands>(sp, chunk_keys, nullptr, &bytes);
     return bytes;
-  }
-};
-size_t key_mass_scratch_bytes(const SummaryParams& p, int64_t chunk_keys) {
-  return with_operands(p.attention, KeyMassBytes{p, chunk_keys});
+  });
 }
 
-struct KeyMassRun {
-  const SummaryParams& p;
-  const KeyMassItem& item;
-  char* scratch;
-  template <class Operands>
-  void run() const {
-    key_mass_item_as<Operands>(p, item, scratch);
-  }
-};
-void key_mass_item(const SummaryParams& p, const KeyMassItem& item, void* scratch) {
-  with_operands(p.attention, KeyMassRun{p, item, static_cast<char*>(scratch)});
+void key_mass_item(const SummaryParams& sp, const KeyMassItem& item, void* scratch) {
+  with_operands(sp.attention,
+                [&]<class Operands>() { key_mass_item_as<Operands>(sp, item, static_cast<char*>(scratch)); });
 }
 
 // Independent chains of multiply-adds, as many as the register file holds beside their operands: the peak that the
