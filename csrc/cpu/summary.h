@@ -237,15 +237,16 @@ struct KeyMass {
       inverse_sum[i] = vload(scratch.inverse_sum + (panel.v0 + i) * kLanes);
       counts[i] = vmask_from_bits(rows_count >> ((panel.v0 + i) * kLanes));
     }
-    const Vf scale = vset(panel.scale);
+    const Vf scale = vset(panel.scale), minus_infinity = vset(-__builtin_inff());
     float* sums = scratch.sums + (tile.j0 + panel.first_key - first_key) * kLanes;
     for (int64_t c = 0; c < panel.nk; ++c) {
       Vf weight[NV];
 #pragma GCC unroll 4
       for (int i = 0; i < NV; ++i) {
         const Vf score = vmul(vload(panel.s + c * kPanelRows + i * kLanes), scale);
-        // Selected, not multiplied by 0: a row that does not count may be NaN.
-        weight[i] = vselect(counts[i], vmul(vexp(vsub(score, base[i])), inverse_sum[i]), vzero());
+        // Selected, not multiplied by 0: a row that does not count, or does not see this key, may be NaN.
+        const Vf own = vselect(counts[i], vmul(vexp(vsub(score, base[i])), inverse_sum[i]), vzero());
+        weight[i] = vselect(vequal(score, minus_infinity), vzero(), own);
       }
       Vf sum = weight[0];
       if constexpr (NV == 4) {
