@@ -468,7 +468,10 @@ struct AdditiveBlock {
   // What flows back into q or k, but for the factor 4 w: sums of dS (1/4 - (u - 1/2)^2). With kWantsDw also, over the
   // lane's resident rows, of dS (u - 1/2).
   //
-  // kPaired: two neighbouring columns share a reciprocal, which pays where there is little else to do: without dw.
+  // kPaired: two neighbouring columns share a reciprocal, which pays where there is little else to do: without dw. A u of
+  // 1 is then off by the roundings of three steps, and u - u^2 would be nothing but those; it is u^2 E_q E_k as well, of
+  // which the resident row's factor waits for the end of the sum. No product overflows: E_q E_k is at most e^43, and a
+  // factor alone at most e^31.
   template <int kRows, bool kIsFar, bool kWantsDw>
   FASTATTN_DEVICE void gradient_sums(float (&sums)[kRows][4], float (&dw)[4], int streamed) {
     constexpr bool kPaired = !kIsFar && !kWantsDw;
@@ -515,11 +518,20 @@ struct AdditiveBlock {
               const float centred = u[e] - 0.5f;
               dw[e] = multiply_add(ds.x[r], centred, dw[e]);
               sums[r][e] = multiply_add(ds.x[r], multiply_add(-centred, centred, 0.25f), sums[r][e]);
+            } else if constexpr (kPaired) {
+              sums[r][e] = multiply_add(ds.x[r], u[e] * u[e] * y.x[e], sums[r][e]);
             } else {
               sums[r][e] = multiply_add(ds.x[r], multiply_add(-u[e], u[e], u[e]), sums[r][e]);
             }
           }
         }
+      }
+    }
+    if constexpr (kPaired) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[r][e] *= x[r].x[e];
       }
     }
   }
