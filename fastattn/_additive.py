@@ -205,11 +205,14 @@ def _with_one_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tupl
                 " takes (B, L, D) for one head, or (B, H, L, D), for all of q, k and v: add a dimension with"
                 " unsqueeze(1)."
             )
-    if mask is not None and mask.dim() > 3:
-        raise ValueError(
-            f"fastattn: mask has shape {tuple(mask.shape)} but q has 3 dimensions; then the mask must broadcast to"
-            f" (B, Lq, Lk) = ({q.shape[0]}, {q.shape[1]}, {k.shape[1]}): drop its head dimension with squeeze(1)."
-        )
-    if mask is not None and mask.dim() == 3:
+    if mask is not None and mask.dim() >= 3:
+        sizes = (q.shape[0], q.shape[1], k.shape[1])
+        has_heads = mask.dim() > 3
+        if has_heads or any(n not in (1, size) for n, size in zip(mask.shape, sizes, strict=True)):
+            remedy = "drop its head dimension with squeeze(1)" if has_heads else "each dimension must be 1 or that size"
+            raise ValueError(
+                f"fastattn: mask has shape {tuple(mask.shape)} but q has 3 dimensions; then the mask must broadcast to"
+                f" (B, Lq, Lk) = {sizes}: {remedy}."
+            )
         mask = mask.unsqueeze(1)
     return q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from fastattn import _errors, _ops, reference
 from fastattn._arguments import Causal, Window, autocast, causal_code, window_sides
 from fastattn._autograd import Operator, Tensors, one_by_one
 
-_MODES = ("sample", "argmax")
-_ESTIMATORS = ("reinforce", "straight_through")
+Mode = Literal["sample", "argmax"]
+Estimator = Literal["reinforce", "straight_through"]
+MODES: tuple[str, ...] = get_args(Mode)
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 # --- The operators ----------------------------------------------------------------------------------------------------
 
@@ -128,9 +130,9 @@ def hard_attention(
     k: Tensor,
     v: Tensor,
     *,
-    mode: Literal["sample", "argmax"] = "sample",
+    mode: Mode = "sample",
     temperature: float = 1.0,
-    estimator: Literal["reinforce", "straight_through"] = "reinforce",
+    estimator: Estimator = "reinforce",
     mask: Tensor | None = None,
     causal: Causal = False,
     window: Window | None = None,
@@ -202,8 +204,9 @@ def hard_attention(
         >>> (-reward.detach() * glimpse.log_prob).mean().backward()
     """
     try:
-        _check_choice("mode", mode, _MODES)
-        _check_choice("estimator", estimator, _ESTIMATORS)
+        check_choice("mode", mode, MODES)
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_temperature(temperature)
         if torch._C._is_any_autocast_enabled():
             q, k, v = autocast(q, k, v)
         _check_generator(generator, q)
@@ -241,9 +244,21 @@ def _may_be_differentiated(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses what is none of these."""
     if value not in choices:
         raise ValueError(f"fastattn: {name} is {value!r}; it must be {' or '.join(map(repr, choices))}.")
+
+
+def check_temperature(temperature: Any) -> None:
+    """Refuses what scores cannot be divided by."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"fastattn: temperature is a {type(temperature).__name__}; it must be a float.")
+    if not (temperature > 0.0 and temperature < math.inf):
+        raise ValueError(
+            f"fastattn: temperature is {temperature}; it must be positive and finite: the limit at 0 is the mode"
+            " 'argmax'."
+        )
 
 
 def _check_generator(generator: Any, q: Tensor) -> None:
@@ -263,13 +278,6 @@ def _check_generator(generator: Any, q: Tensor) -> None:
 
 def _scale_at(temperature: float, scale: float | None, q: Tensor) -> float | None:
     """The factor on the dot products that stands for both; where scale itself is wrong, the operator says so."""
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"fastattn: temperature is a {type(temperature).__name__}; it must be a float.")
-    if not (temperature > 0.0 and temperature < math.inf):
-        raise ValueError(
-            f"fastattn: temperature is {temperature}; it must be positive and finite: pass mode='argmax' for the limit"
-            " at 0."
-        )
     if temperature == 1.0 or q.dim() != 4:
         return scale
     undivided = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale

@@ -6,6 +6,7 @@ matplotlib is an optional extra and is imported when something is drawn, not bef
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def plot_attention(
         annotate: A format such as ".2f", to write each weight into its cell. Not with an image.
         cmap: A matplotlib colour map or its name. Default: "Blues"; over an image, orange. Over an image weak weights
             are transparent.
-        vmax: The weight that has the strongest colour. Default: the largest weight of all panels.
+        vmax: The weight that has the strongest colour, a number. Default: the largest weight of all panels.
         colorbar: Whether to draw a colour bar.
         label: What the colour bar says.
 
@@ -215,9 +216,14 @@ def _limits(values: NDArray[Any], vmax: Any) -> tuple[float, float]:
     if vmax is None:
         high = float(values.max())
         return low, (high if high > low else low + 1.0)
-    if isinstance(vmax, bool) or not isinstance(vmax, int | float) or not low < vmax < math.inf:
+    try:
+        # The largest weight of other panels is often a tensor, or a number of NumPy.
+        high = math.nan if isinstance(vmax, str) else float(vmax)
+    except (TypeError, ValueError, RuntimeError):
+        high = math.nan
+    if not low < high < math.inf:
         raise ValueError(f"fastattn: vmax is {vmax!r}; it must be a finite number above {low:g}, where colours begin.")
-    return low, float(vmax)
+    return low, high
 
 
 def _picture(image: Any) -> NDArray[Any]:
@@ -257,9 +263,9 @@ def _patch_grid(patches: tuple[int, int] | None, Lk: int, picture: NDArray[Any])
             )
         return rows, Lk // rows
     try:
-        rows, columns = (int(n) for n in patches)
+        rows, columns = (operator.index(n) for n in patches)
     except (TypeError, ValueError):
-        raise ValueError(f"fastattn: patches is {patches!r}; it must be two numbers (rows, columns).") from None
+        raise ValueError(f"fastattn: patches is {patches!r}; it must be two integers (rows, columns).") from None
     if rows < 1 or rows * columns != Lk:
         raise ValueError(
             f"fastattn: patches is {rows} x {columns} but weights has {Lk} keys; there must be one key for each patch."

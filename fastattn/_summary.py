@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn import _errors, _ops
 from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, window_sides
-from fastattn._autograd import Tensors
+from fastattn._autograd import Tensors, one_by_one
 
 _operator = torch.ops.fastattn.attention_summary.default
 
@@ -51,6 +51,11 @@ def _fake(
     top_index = q.new_empty((B, Hq, Lq, top_k), dtype=torch.int64)
     key_mass = q.new_empty((B, Hq, k.shape[2]) if need_mass else (0,), dtype=real)
     return entropy, max_weight, top_weights, top_index, key_mass, lse
+
+
+@torch.library.register_vmap("fastattn::attention_summary")
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+    return one_by_one(_operator, info.batch_size, in_dims, inputs)
 
 
 class AttentionSummary(NamedTuple):

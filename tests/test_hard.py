@@ -840,7 +840,7 @@ CALLS = [
     Bad("mode-type", ValueError, ("mode is None",), {"mode": None}),
     Bad("estimator", ValueError, ("estimator is 'gumbel'", "'reinforce' or 'straight_through'"),
         {"estimator": "gumbel"}),
-    Bad("temperature-zero", ValueError, ("temperature is 0.0", "mode='argmax'"), {"temperature": 0.0}),
+    Bad("temperature-zero", ValueError, ("temperature is 0.0", "the mode 'argmax'"), {"temperature": 0.0}),
     Bad("temperature-negative", ValueError, ("temperature is -1",), {"temperature": -1}),
     Bad("temperature-nan", ValueError, ("temperature is nan",), {"temperature": math.nan}),
     Bad("temperature-inf", ValueError, ("temperature is inf", "finite"), {"temperature": math.inf}),

@@ -249,6 +249,20 @@ def test_constructor_refuses(arguments: dict[str, Any], message: str) -> None:
         AdditiveAttention(**({"query_dim": QUERY, "key_dim": KEY, "attn_dim": HIDDEN} | arguments))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"query_dim": None}, r"query_dim is a NoneType; it must be an int\."),
+        ({"key_dim": 10.0}, r"key_dim is a float; it must be an int\."),
+        ({"num_heads": True}, r"num_heads is a bool; it must be an int\."),
+        ({"dropout": "0.1"}, r"dropout is a str; it must be a float\."),
+    ],
+)
+def test_constructor_refuses_types(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^fastattn: {message}"):
+        AdditiveAttention(**({"query_dim": QUERY, "key_dim": KEY, "attn_dim": HIDDEN} | arguments))
+
+
 def ones(*shape: int, **options: Any) -> Tensor:
     return torch.ones(*shape, **options)
 

@@ -195,7 +195,7 @@ def test_parameters() -> None:
         ({"num_heads": 3}, r"attn_dim is 8 and num_heads 3"),
         ({"num_heads": 4}, r"value_dim is 10 and num_heads 4"),
         ({"estimator": "gumbel"}, r"estimator is 'gumbel'; it must be 'reinforce' or 'straight_through'"),
-        ({"temperature": 0.0}, r"temperature is 0\.0; it must be a positive number"),
+        ({"temperature": 0.0}, r"temperature is 0\.0; it must be positive and finite: the limit at 0 is the mode"),
         ({"temperature": float("inf")}, r"temperature is inf"),
         ({"temperature": float("nan")}, r"temperature is nan"),
         ({"train_mode": "soft"}, r"train_mode is 'soft'; it must be 'sample' or 'argmax'"),
@@ -204,6 +204,13 @@ def test_parameters() -> None:
 )
 def test_constructor_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^fastattn: {message}"):
+        HardAttention(**({"query_dim": QUERY, "key_dim": KEY, "attn_dim": HIDDEN} | arguments))
+
+
+@pytest.mark.parametrize("arguments", [{"temperature": "1"}, {"temperature": None}, {"num_heads": 2.0}])
+def test_constructor_refuses_types(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(TypeError, match=rf"^fastattn: {name} is a \w+; it must be an? (int|float)\."):
         HardAttention(**({"query_dim": QUERY, "key_dim": KEY, "attn_dim": HIDDEN} | arguments))
 
 

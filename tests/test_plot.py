@@ -257,7 +257,8 @@ def test_annotated_cells_are_readable():
 
 
 def test_limits_of_the_colours():
-    assert fastattn.plot_attention(torch.full((2, 2), 0.5), vmax=1.0).images[0].get_clim() == (0, 1)
+    for vmax in (1.0, 1, np.float32(1), torch.tensor(1.0)):
+        assert fastattn.plot_attention(torch.full((2, 2), 0.5), vmax=vmax).images[0].get_clim() == (0, 1)
     assert fastattn.plot_attention(torch.zeros(2, 2)).images[0].get_clim() == (0, 1)
     assert fastattn.plot_attention(torch.tensor([[-2.0, 3.0]]), label="score").images[0].get_clim() == (-2, 3)
 
@@ -311,7 +312,9 @@ P, IMAGE = torch.rand(2, 4), torch.rand(4, 4)
             "weights has 4 keys, which are no grid of square patches of .* 4 x 5",
         ),
         ({"image": IMAGE, "patches": (3, 2)}, ValueError, "patches is 3 x 2 but weights has 4 keys"),
-        ({"image": IMAGE, "patches": 4}, ValueError, "patches is 4; it must be two numbers"),
+        ({"image": IMAGE, "patches": 4}, ValueError, "patches is 4; it must be two integers"),
+        ({"image": IMAGE, "patches": (2.5, 2)}, ValueError, r"patches is \(2.5, 2\); it must be two integers"),
+        ({"vmax": torch.ones(2)}, ValueError, "vmax is tensor"),
         ({"ax": "left"}, TypeError, "ax holds a str; it must be matplotlib Axes"),
     ],
 )
@@ -335,27 +338,17 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_matplotlib_is_imported_only_to_draw():
-    done = run("import sys, fastattn; assert 'matplotlib' not in sys.modules")
-    assert done.returncode == 0, done.stderr
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"^fastattn: matplotlib is not installed.*pip install fastattn\[plot\]"):
+        fastattn.plot_attention(torch.rand(2, 2))
 
 
-def test_without_matplotlib_the_error_says_what_to_install():
-    done = run(
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "import fastattn, torch\n"
-        "try: fastattn.plot_attention(torch.rand(2, 2))\n"
-        "except ImportError as error: print(error)"
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("fastattn: matplotlib is not installed")
-    assert "pip install fastattn[plot]" in done.stdout
-
-
-def test_without_a_display(tmp_path):
+def test_a_program_without_a_display_imports_matplotlib_only_to_draw(tmp_path):
     path = tmp_path / "plot.png"
     done = run(
-        f"import fastattn, torch; fastattn.plot_attention(torch.rand(2, 2), 'ab', 'cd').figure.savefig({str(path)!r})"
+        "import sys, fastattn, torch; assert 'matplotlib' not in sys.modules\n"
+        f"fastattn.plot_attention(torch.rand(2, 2), 'ab', 'cd').figure.savefig({str(path)!r})"
     )
     assert done.returncode == 0, done.stderr
     assert path.read_bytes().startswith(b"\x89PNG")

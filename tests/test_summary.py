@@ -507,7 +507,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_same(got, wanted)
 
 
-def test_inside_a_transform() -> None:
+def test_inside_a_transform(capfd: pytest.CaptureFixture[str]) -> None:
     """Where a model is differentiated by torch.func, or in forward mode, it can still be looked at."""
     q, k = qk()
 
@@ -521,6 +521,7 @@ def test_inside_a_transform() -> None:
     torch.testing.assert_close(tangent, (2 * q.square().sum(-1) * entropy).sum())
     each = torch.func.vmap(lambda q: fastattn.attention_summary(q, k).entropy)(torch.stack([q, 2 * q]))
     torch.testing.assert_close(each[1], fastattn.attention_summary(2 * q, k).entropy)
+    assert "batching rule" not in capfd.readouterr().err  # which torch says, in C++, of operators without a vmap
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------

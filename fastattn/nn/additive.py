@@ -69,6 +69,7 @@ class AdditiveAttention(AdditiveScoreAttention):
 
     Raises:
         ValueError: A size is not positive or not a multiple of num_heads, or dropout is no probability.
+        TypeError: A size is no int, or dropout no number.
 
     Source:
         D. Bahdanau, K. Cho and Y. Bengio, "Neural machine translation by jointly learning to align and translate",
@@ -100,8 +101,8 @@ class AdditiveAttention(AdditiveScoreAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads)
         value_dim = key_dim if value_dim is None else value_dim
+        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads)
         check_heads("attn_dim", attn_dim, num_heads)
         check_heads("value_dim", value_dim, num_heads)
         check_dropout(dropout)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastattn._arguments import Causal
-from fastattn._hard import HardAttentionOutput, hard_attention
+from fastattn._hard import (
+    ESTIMATORS,
+    MODES,
+    Estimator,
+    HardAttentionOutput,
+    Mode,
+    check_choice,
+    check_temperature,
+    hard_attention,
+)
 from fastattn.nn.checks import check_heads, check_sizes
 from fastattn.nn.projected import ProjectedKeys, ProjectedKeysAttention, join_heads, per_row
 from fastattn.nn.weights import dot_weights
-
-Mode = Literal["sample", "argmax"]
-Estimator = Literal["reinforce", "straight_through"]
 
 
 class HardAttention(ProjectedKeysAttention):
@@ -52,6 +57,7 @@ class HardAttention(ProjectedKeysAttention):
     Raises:
         ValueError: A size is not positive or not a multiple of num_heads, or another argument is none of the values
             above.
+        TypeError: A size is no int, or temperature no float.
 
     Source:
         K. Xu et al., "Show, attend and tell: neural image caption generation with visual attention", ICML 2015, section
@@ -85,17 +91,14 @@ class HardAttention(ProjectedKeysAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads)
         value_dim = key_dim if value_dim is None else value_dim
+        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads)
         check_heads("attn_dim", attn_dim, num_heads)
         check_heads("value_dim", value_dim, num_heads)
-        if estimator not in ("reinforce", "straight_through"):
-            raise ValueError(f"fastattn: estimator is {estimator!r}; it must be 'reinforce' or 'straight_through'.")
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"fastattn: temperature is {temperature}; it must be a positive number.")
-        for name, mode in (("train_mode", train_mode), ("eval_mode", eval_mode)):
-            if mode not in ("sample", "argmax"):
-                raise ValueError(f"fastattn: {name} is {mode!r}; it must be 'sample' or 'argmax'.")
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_temperature(temperature)
+        check_choice("train_mode", train_mode, MODES)
+        check_choice("eval_mode", eval_mode, MODES)
         self.query_dim, self.key_dim, self.attn_dim, self.value_dim = query_dim, key_dim, attn_dim, value_dim
         self.num_heads = num_heads
         self.estimator, self.temperature = estimator, temperature

@@ -46,6 +46,7 @@ class LuongAttention(AdditiveScoreAttention):
     Raises:
         ValueError: score has another value, a size that it needs is missing or not positive, a size or bias is given
             that it does not have, or dropout is no probability.
+        TypeError: A size is no int, or dropout no number.
 
     Source:
         M.-T. Luong, H. Pham and C. D. Manning, "Effective approaches to attention-based neural machine translation",
@@ -76,7 +77,8 @@ class LuongAttention(AdditiveScoreAttention):
         super().__init__()
         if score not in ("dot", "general", "concat"):
             raise ValueError(f"fastattn: score is {score!r}; it must be 'dot', 'general' or 'concat'.")
-        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim)
+        sizes = {"query_dim": query_dim, "key_dim": key_dim, "attn_dim": attn_dim}
+        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
         check_dropout(dropout)
         if score != "dot" and query_dim is None:
             raise ValueError(f"fastattn: query_dim is missing; the score {score!r} has parameters of that size.")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import _errors, _ops, reference
 from fastattn._attention import attention
-from fastattn.nn.checks import check_dropout, check_heads, check_sizes
+from fastattn.nn.checks import check_dropout, check_features, check_heads, check_like_module, check_sizes
 from fastattn.nn.weights import dot_weights
 
 # In eval mode torch.nn.TransformerEncoderLayer takes the parameters out of its self_attn and computes without calling
@@ -82,6 +82,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Raises:
         ValueError: A size is not positive, num_heads does not divide embed_dim, or dropout is no probability.
+        TypeError: A size is no int, or dropout no number.
 
     Source:
         A. Vaswani et al., "Attention is all you need", NeurIPS 2017, section 3.2.2. T. Dao, "FlashAttention-2", ICLR
@@ -111,7 +112,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
+        given = {"embed_dim": embed_dim, "num_heads": num_heads}
+        given |= {name: size for name, size in (("kdim", kdim), ("vdim", vdim)) if size is not None}
+        check_sizes(**given)
         check_heads("embed_dim", embed_dim, num_heads)
         check_dropout(dropout)
         super().__init__(
@@ -265,21 +268,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                     f"fastattn: {name} has shape {tuple(x.shape)}; query, key and value must all have 3 dimensions, or"
                     " all 2 without a batch."
                 )
-            if x.size(-1) != features:
-                raise ValueError(
-                    f"fastattn: {name} has {x.size(-1)} features but the module was constructed for {features}; the"
-                    f" last dimension of {name} must be {features}."
-                )
-            if x.device != weight.device:
-                raise ValueError(
-                    f"fastattn: {name} is on {x.device} but the module is on {weight.device}; move it with"
-                    f" {name}.to({str(weight.device)!r}), or the module."
-                )
-            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise TypeError(
-                    f"fastattn: {name} is {x.dtype} but the module is {weight.dtype}; they must agree: convert with"
-                    f" {name}.to({weight.dtype}), or the module."
-                )
+            check_features(name, x, features)
+            check_like_module(name, x, weight)
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
                 f"fastattn: key has shape {tuple(key.shape)} and value {tuple(value.shape)}; each key has one value:"

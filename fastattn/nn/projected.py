@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _errors
+from fastattn.nn.checks import check_features, check_like_module
 
 
 class ProjectedKeys(NamedTuple):
@@ -108,24 +109,12 @@ class ProjectedKeysAttention(torch.nn.Module):
         if x.dim() not in dims:
             shapes = "(B, E) or (B, Lq, E)" if name == "query" else "(B, Lk, E)"
             raise ValueError(f"fastattn: {name} has shape {tuple(x.shape)}; it must be {shapes}.")
-        if features is not None and x.size(-1) != features:
-            raise ValueError(
-                f"fastattn: {name} has {x.size(-1)} features but the module was constructed for {features}; the last"
-                f" dimension of {name} must be {features}."
-            )
+        if features is not None:
+            check_features(name, x, features)
         parameter = next(self.parameters(), None)
-        if parameter is None or name == "value":
-            return  # the kernels compare values, and what no parameter touches, with the queries
-        if x.device != parameter.device:
-            raise ValueError(
-                f"fastattn: {name} is on {x.device} but the module is on {parameter.device}; move it with"
-                f" {name}.to({str(parameter.device)!r}), or the module."
-            )
-        if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"fastattn: {name} is {x.dtype} but the module is {parameter.dtype}; they must agree: convert with"
-                f" {name}.to({parameter.dtype}), or the module."
-            )
+        if parameter is not None and name != "value":
+            check_like_module(name, x, parameter)
+        # The kernels compare values, and what no parameter touches, with the queries.
 
 
 def _four_dimensions(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
