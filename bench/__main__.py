@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 SUITES = {
-    "default": "a table of every kind of case, a short sweep, and the model that examples/train_vit_digits.py trains",
+    "default": "a table of every kind of case, a short sweep, some of the textbook attentions, and the model that "
+    "examples/train_vit_digits.py trains",
     "full": "every case of the table in every dtype and direction",
-    "targets": "what the library is held to: target, measured, met or missed",
+    "targets": "what the library is held to: target, measured, met or missed; --list names its groups",
     "sweep": "hundreds of shapes, and where the advantage over SDPA is smallest",
     "textbook": "additive and hard attention, summaries and a transformer's layer against plain PyTorch, torch.compile "
     "and keras; how time and memory grow with the length",
     "cuda-targets": "what the kernels for GPUs are held to, against each of PyTorch's own",
 }
+EXAMPLES = """examples:
+  python -m bench --quick                              the default suite, in short
+  python -m bench --suite textbook --case additive     against eager PyTorch, torch.compile, keras
+  python -m bench --suite targets --case table,memory  two groups of targets
+  python -m bench --suite full --dtype bfloat16 --direction backward --list
+"""
 ON_CUDA = ("default", "full", "textbook", "cuda-targets")
+
+
+def _paragraph(name: str, text: str) -> str:
+    return textwrap.fill(text, 79, initial_indent=f"  {name:14}", subsequent_indent=" " * 16)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="fastattn against PyTorch's scaled_dot_product_attention, checked first and then timed in turns.",
-        epilog="Suites: " + "; ".join(f"{name}: {text}" for name, text in SUITES.items()) + ".",
+        description="fastattn against PyTorch and other engines: checked first, then timed in turns.",
+        epilog="\n".join(["suites:", *(_paragraph(name, text) for name, text in SUITES.items()), "", EXAMPLES]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=SUITES, default="default")
+    parser.add_argument("--suite", choices=SUITES, default="default", help="see below; default: %(default)s")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cpu, but for cuda-targets; with cuda: " + ", ".join(ON_CUDA)
     )
@@ -34,8 +47,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="REGEX",
         help="only cases whose name matches, e.g. 'topleft.*D128'; of a suite of targets: groups, comma separated",
     )
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=[])
-    parser.add_argument("--direction", nargs="+", choices=["forward", "backward", "step"], default=[])
+    dtypes, directions = ["float32", "bfloat16", "float16"], ["forward", "backward", "step"]
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=[], help="only cases of these")
+    parser.add_argument(
+        "--direction", nargs="+", choices=directions, default=[], help="only these; step: forward and backward"
+    )
     parser.add_argument("--threads", type=int, help="default: as many as PyTorch uses")
     parser.add_argument("--isa", help="force an instruction set: baseline, avx2, avx512 or avx512_bf16")
     parser.add_argument(

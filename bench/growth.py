@@ -134,12 +134,14 @@ def as_dict(point: Point) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.growth", description="Time and extra memory at a length.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.growth", description="Time and extra memory at a length, as JSON."
+    )
     parser.add_argument("family", choices=list(BASES))
     parser.add_argument("name", choices=[OURS, EAGER])
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--length", type=int, default=4096, help="queries, and as many keys; default: %(default)s")
+    parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: as many as PyTorch uses")
     parser.add_argument(
         "--at-most-gib", type=int, help="of address space; without it, plain code refuses what is large"
     )

@@ -42,8 +42,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG, with the versions that made it in small print below."""
-    made_by = f"torch {torch.__version__}, fastattn {fastattn.__version__}, {torch.ops.fastattn._isa()}, "
-    figure.supxlabel(f"{made_by}{torch.get_num_threads()} threads", x=0.995, ha="right", fontsize=7, color=MUTED)
+    versions = f"torch {torch.__version__}, fastattn {fastattn.__version__}, {torch.ops.fastattn._isa()}"
+    threads = torch.get_num_threads()
+    made_by = f"{versions}, {threads} {'thread' if threads == 1 else 'threads'}"
+    figure.supxlabel(made_by, x=0.995, ha="right", fontsize=7, color=MUTED)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     print(f"Plot: {path}")

@@ -139,16 +139,16 @@ def write_plot(options: Any, small: dict[str, Any], large: dict[str, Any]) -> No
         "Self-attention in a sentence: each row is a word that looks at all words, scaled by 1 / √4", fontsize=10.5
     )
     keys = ["[1, 0, 1]", "[0, 1, 0]", "[1, 1, 0]"]
-    for part, found, rows, columns, names, output in (
-        (top, small, ["query"], keys, ("first", "second"), small["output"]),
-        (bottom, large, WORDS, WORDS, FEATURES, large["outputs"]),
+    for part, found, rows, columns, names, output, values_are in (
+        (top, small, ["query"], keys, ("first", "second"), small["output"], "[10, 0], [0, 10], [5, 5]"),
+        (bottom, large, WORDS, WORDS, FEATURES, large["outputs"], "the words' features"),
     ):
         axes = part.subplots(1, 3, width_ratios=(len(columns), len(columns), len(names)))
         for ax, values, labels, title, cmap in zip(
             axes,
             (found["scores"], found["weights"], output),
             (columns, columns, names),
-            ("1. scores: query · key", "2. weights: softmax of the scores", "3. output: weights × values"),
+            ("1. scores: query · key", "2. weights: softmax of the scores", f"3. weights × values\n({values_are})"),
             ("Oranges", "Blues", "Greens"),
             strict=True,
         ):

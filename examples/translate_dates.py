@@ -206,7 +206,7 @@ def write_plot(options: Any, result: dict[str, Any], models: dict[str, Translato
     for (name, model), color in zip(result["models"].items(), (common.BLUE, common.ORANGE), strict=True):
         curves.plot(model["losses"], color=color, linewidth=1, label=f"{name}: {model['exact']:.1%} exact")
     curves.set(yscale="log", xlabel="step", ylabel="training loss, nats a character")
-    curves.set_title(f"{TESTED} dates never trained on", loc="left", fontsize=11)
+    curves.set_title(f"Exact: of {TESTED} dates never trained on", loc="left", fontsize=11)
     curves.spines[["top", "right"]].set_visible(False)
     curves.legend(frameon=False)
     for n, ax in enumerate(rows):
