@@ -69,7 +69,7 @@ def test_parity(case: AdditiveCase, dtype: torch.dtype) -> None:
 # Several waves of CTAs, the translation of sentences step by step and all at once, more heads than a grid has along y,
 # keys that are split. Against plain code on the GPU.
 LARGE = [
-    (AdditiveCase(256, 256, D=256, B=16), torch.float32),
+    (AdditiveCase(256, 256, D=256, B=4), torch.float32),
     (AdditiveCase(1, 60, D=256, B=128, kv_lengths=tuple(range(60, 0, -1)) * 2 + (60,) * 8), torch.float32),
     (AdditiveCase(200, 300, D=128, B=4, Hkv=4, causal="bottom_right"), torch.bfloat16),
     (AdditiveCase(1, 20000, D=64, Dv=256), torch.bfloat16),

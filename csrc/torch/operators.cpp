@@ -55,6 +55,7 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
                             device == "cuda");
 }
 
+// The arguments hold references: what is passed as w has to outlive them.
 AttentionArguments additive_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& w,
                                       const OptionalTensor& mask, const OptionalTensor& kv_lengths,
                                       const OptionalTensor& rng_state, int64_t causal, double dropout_p) {
