@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,13 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For plain operations in a dtype of their own. On some devices, such as meta, there is no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def accumulator(name: str, tensor: Tensor, q: Tensor) -> Tensor:

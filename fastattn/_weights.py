@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn._arguments import Causal, Window, without_autocast
 from fastattn._attention import attention
 
 __all__ = ["attention_weights", "merge_attention_states"]
@@ -19,8 +20,8 @@ def attention_weights(
     q: Tensor,
     k: Tensor,
     *,
-    causal: bool | str = False,
-    window: tuple[int | None, int | None] | None = None,
+    causal: Causal = False,
+    window: Window | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
@@ -72,7 +73,7 @@ def attention_weights(
         # The operator checks every argument. One column of k in place of v makes that a small part of what follows.
         attention(q, k, k[..., :1] if getattr(k, "ndim", 0) == 4 else k, **options)
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return reference.weights(q, k, dtype=wide, **options).to(q.dtype)
 
 
