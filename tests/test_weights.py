@@ -41,13 +41,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_on_a_device_without_autocast() -> None:
     q, k = torch.randn(1, 2, 3, 8, device="meta"), torch.randn(1, 2, 5, 8, device="meta")
     p = fastattn.attention_weights(q, k, causal=True)
     assert (p.shape, p.device.type) == ((1, 2, 3, 5), "meta")
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_weights_are_those_of_attention(options: dict[str, Any]) -> None:
     """With the identity for v, attention's output is its weights."""
     q, k = randn(2, 4, 5, 8), randn(2, 2, 9, 8)

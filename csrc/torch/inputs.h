@@ -16,8 +16,8 @@ struct Inputs {
 
 Inputs point_at_inputs(const AttentionArguments& arguments, AttentionParams* params);
 
-// Row statistics, row_max and then row_sum: contiguous, [2, B, Hq, Lq]. The params hold one pointer for the forward pass,
-// which writes them, and the backward pass, which reads them.
+// Row statistics, row_max and then row_sum: contiguous, [2, B, Hq, Lq]. The params hold one pointer for the forward
+// pass, which writes them, and the backward pass, which reads them.
 void point_at_stats(const Tensor& stats, AttentionParams* params);
 
 // Strides along batch, head and row of a tensor of four dimensions.
