@@ -469,9 +469,9 @@ struct AdditiveBlock {
   // lane's resident rows, of dS (u - 1/2).
   //
   // kPaired: two neighbouring columns share a reciprocal, which pays where there is little else to do: without dw. A u
-  // of 1 is then off by the roundings of three steps, and u - u^2 would be nothing but those; it is u^2 E_q E_k as well,
-  // of which the resident row's factor waits for the end of the sum. No product overflows: E_q E_k is at most e^43, and
-  // a factor alone at most e^31.
+  // of 1 is then off by the roundings of three steps, and u - u^2 would be nothing but those; it is u^2 E_q E_k as
+  // well, of which the resident row's factor waits for the end of the sum. No product overflows: E_q E_k is at most
+  // e^43, and a factor alone at most e^31.
   template <int kRows, bool kIsFar, bool kWantsDw>
   FASTATTN_DEVICE void gradient_sums(float (&sums)[kRows][4], float (&dw)[4], int streamed) {
     constexpr bool kPaired = !kIsFar && !kWantsDw;
