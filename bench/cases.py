@@ -75,8 +75,8 @@ def draw_on(device: str, case: Case, dtype: torch.dtype) -> Inputs:
 
 def move_to(device: str, inputs: Inputs) -> Inputs:
     kwargs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.kwargs.items()}
-    moved = (x.to(device) for x in (inputs.q, inputs.k, inputs.v, inputs.d_o, inputs.d_lse))
-    return Inputs(*moved, kwargs=kwargs)
+    q, k, v, d_o, d_lse = (x.to(device) for x in (inputs.q, inputs.k, inputs.v, inputs.d_o, inputs.d_lse))
+    return Inputs(q, k, v, d_o, d_lse, kwargs)
 
 
 # SDPA's float16 backward is some ten times slower than its float32 one: a shorter case keeps its share of a run small.
@@ -107,7 +107,7 @@ def default_jobs() -> list[Job]:
 
 def cuda_default_jobs() -> list[Job]:
     """The compact table for a GPU: enough heads to fill it; short and long, each dtype, each kind of mask, decoding."""
-    dense, causal = (training_case(4096, 128, **kind) for kind in ({}, {"causal": "top_left"}))
+    dense, causal = training_case(4096, 128), training_case(4096, 128, causal="top_left")
     jobs = [Job(case, "bfloat16") for case in (training_case(4096, 64), dense, causal, training_case(512, 64))]
     jobs += [Job(training_case(16384, 128, causal="top_left"), "bfloat16"), Job(dense, "float16")]
     jobs += [Job(case, "bfloat16", "backward") for case in (training_case(4096, 64), dense, causal)]

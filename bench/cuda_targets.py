@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from bench import textbook
 from bench.cases import BIAS_CASE, WINDOW_CASE, Job, decode_case, on_cuda, training_case
@@ -21,7 +22,7 @@ from tests.cases import BENCH_CASES
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 DIMS = (64, 128)
-KINDS = ({}, {"causal": "top_left"})
+KINDS: tuple[dict[str, Any], ...] = ({}, {"causal": "top_left"})
 BACKENDS = ("flash", "cudnn", "efficient", "math")
 BUDGET_S = 0.35  # of timing for each job, by default: a GPU's times vary little
 FLASH_GOALS = {"forward": 1.0, "backward": 0.95}

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench import textbook_peers
 from bench.machine import ROOT
@@ -69,7 +68,7 @@ def _run_here(family: str, name: str, B: int, length: int) -> Point:
     inputs = draw(problem)
     runner = FAMILIES[family][name](problem, inputs).runner
     growth, results = count_growth(runner)
-    extra = max(0, growth - sum(x.nbytes for x in results if isinstance(x, Tensor)))
+    extra = max(0, growth - sum(x.nbytes for x in results))
     del results
     samples = []
     with runner.context():
@@ -120,8 +119,9 @@ def table(points: Sequence[Point]) -> str:
         units = None if ours is None else ours.extra_units
         ratio = ms[1] / ms[0] if ms[0] and ms[1] else None
         line = [family, str(length), *("-" if x is None else format_ms(x) for x in ms), format_ratio(ratio)]
-        line += [format_mib(ours and ours.extra_bytes), "-" if units is None else f"{units:.2f}"]
-        lines.append([*line, format_mib(eager and eager.extra_bytes)])
+        ours_mib, eager_mib = (format_mib(None if point is None else point.extra_bytes) for point in (ours, eager))
+        line += [ours_mib, "-" if units is None else f"{units:.2f}"]
+        lines.append([*line, eager_mib])
     missing = [
         f"{TITLES[point.name]}, {point.family}, L={point.length}: {point.note}" for point in points if point.note
     ]

@@ -40,8 +40,14 @@ class Meter(Protocol):
     """What a device is measured with: bench/peak.py for CPUs, bench/cuda.py for GPUs."""
 
     threads: int
-    clock: Clock
-    flushed_clock: Clock | None  # with nothing of the operands in its cache; None: no such timings
+
+    @property
+    def clock(self) -> Clock:
+        """What calls are timed by."""
+
+    @property
+    def flushed_clock(self) -> Clock | None:
+        """The same with nothing of the operands in its cache; None: no such timings."""
 
     @property
     def level(self) -> str:

@@ -251,7 +251,11 @@ def prepare_flex(job: Job, inputs: Inputs) -> Prepared:
         block_mask = create_block_mask(see, B, H, case.Lq, case.Lk, device=device)
     torch.compiler.reset()  # else the limit on recompilations is reached after a few cases
     compiled = torch.compile(flex_attention, dynamic=False)
-    options = {"block_mask": block_mask, "enable_gqa": bool(arguments.get("enable_gqa")), "scale": case.scale}
+    options: dict[str, Any] = {
+        "block_mask": block_mask,
+        "enable_gqa": bool(arguments.get("enable_gqa")),
+        "scale": case.scale,
+    }
     score_mod = None if bias is None else add_bias
     return prepare_function("flex", lambda q, k, v: compiled(q, k, v, score_mod, **options), job, inputs)
 

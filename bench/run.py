@@ -388,7 +388,7 @@ def run(options: argparse.Namespace) -> int:
     problems = chosen_problems(options) if options.suite == "textbook" else []
     jobs = [] if options.suite in groups or options.suite == "textbook" else chosen_jobs(options)
     if options.list:
-        print("\n".join(each.id for each in (*problems, *jobs)))
+        print("\n".join([*(problem.id for problem in problems), *(job.id for job in jobs)]))
         return 0
     if not jobs and not problems and options.suite not in groups:
         print("no case matches; --list prints their names", file=sys.stderr)

@@ -311,14 +311,14 @@ Summary = tuple[Tensor, ...]  # entropy, maximum, top weights, top indices, and 
 def summary_formula(q: Tensor, k: Tensor, key_mass: bool) -> Summary:
     p = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
     top = p.topk(TOP_K)
-    results = (torch.special.entr(p).sum(-1), p.amax(-1), top.values, top.indices)
+    results: Summary = (torch.special.entr(p).sum(-1), p.amax(-1), top.values, top.indices)
     return (*results, p.sum(-2)) if key_mass else results
 
 
 def summary_ours_formula(q: Tensor, k: Tensor, key_mass: bool) -> Summary:
     found = fastattn.attention_summary(q, k, top_k=TOP_K, key_mass=key_mass)
-    results = (found.entropy, found.maximum, found.top_weights, found.top_indices)
-    return (*results, found.key_mass) if key_mass else results
+    results: Summary = (found.entropy, found.maximum, found.top_weights, found.top_indices)
+    return results if found.key_mass is None else (*results, found.key_mass)
 
 
 def summary_candidate(name: str, summarise: Callable[..., Summary], problem: Problem, inputs: Inputs) -> Candidate:
@@ -375,7 +375,7 @@ def set_dropout(layer: nn.Module, dropout_p: float) -> None:
     for module in layer.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout_p
-        elif hasattr(module, "dropout") and isinstance(module.dropout, float):
+        elif isinstance(module, nn.MultiheadAttention):
             module.dropout = dropout_p
 
 
@@ -391,7 +391,7 @@ def encoder_candidate(name: str, problem: Problem, inputs: Inputs) -> Candidate:
         exact = encoder_layer(plain, is_replaced=False).float()
         exact_x = x.detach().float().requires_grad_()
         y = exact(exact_x)
-        expected = (y,)
+        expected: tuple[Tensor, ...] = (y,)
         if problem.direction != "forward":
             expected = torch.autograd.grad(y, [exact_x, *exact.parameters()], inputs["d_o"].float())
         set_dropout(layer, 0.0)
