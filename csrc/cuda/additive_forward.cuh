@@ -15,7 +15,7 @@ namespace fastattn::cuda {
 struct AdditiveForwardKernel : AdditiveBlock<true> {
   using Params = ForwardParams;
   static constexpr const char* kName = "additive_forward";
-  static constexpr int kMinBlocks = 3;
+  static constexpr int kMinBlocks = kAdditiveForwardBlocks;
   // o, not yet divided by anything.
   static constexpr int kSharedBytes = additive_shared_bytes(kResident, kMaxHeadDim);  // at most
   static int shared_bytes(const Params& p) { return additive_shared_bytes(kResident, p.attention.Dv); }
@@ -41,11 +41,7 @@ struct AdditiveForwardKernel : AdditiveBlock<true> {
     const int active = active_rows(count);
     const MaskGeometry geometry = mask_geometry(a, b);
     const TileRange keys = key_range(geometry, i0, i0 + count);
-    int n_begin = static_cast<int>(keys.begin / kStreamed);
-    int n_end = keys.end > keys.begin ? static_cast<int>((keys.end + kStreamed - 1) / kStreamed) : n_begin;
-    const int tiles_per_split = (n_end - n_begin + p.splits - 1) / p.splits;
-    n_begin += split * tiles_per_split;
-    n_end = n_end < n_begin + tiles_per_split ? n_end : n_begin + tiles_per_split;
+    const auto [n_begin, n_end] = tiles_of_split<kStreamed>(keys, split, p.splits);
 
     const SharedAddress sums = shared_base() + kSumsAt;
     const int width = padded(a.Dv);

@@ -17,38 +17,25 @@
 
 namespace fastattn::cuda {
 
-extern template void launch_forward<DType::kFloat32, CudaLauncher>(CudaLauncher&, const ForwardPlan&,
-                                                                   const ForwardParams&);
-extern template void launch_forward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const ForwardPlan&,
-                                                                    const ForwardParams&);
-extern template void launch_forward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const ForwardPlan&,
-                                                                   const ForwardParams&);
-extern template void launch_backward<DType::kFloat32, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
-                                                                    const BiasGradientParams&);
-extern template void launch_backward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
-                                                                     const BiasGradientParams&);
-extern template void launch_backward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const BackwardPlan&,
-                                                                    const BiasGradientParams&);
+using enum DType;
+
+extern template void launch_forward<kFloat32>(CudaLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_forward<kBFloat16>(CudaLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_forward<kFloat16>(CudaLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_backward<kFloat32>(CudaLauncher&, const BackwardPlan&, const BiasGradientParams&);
+extern template void launch_backward<kBFloat16>(CudaLauncher&, const BackwardPlan&, const BiasGradientParams&);
+extern template void launch_backward<kFloat16>(CudaLauncher&, const BackwardPlan&, const BiasGradientParams&);
 extern template void launch_additive_forward(CudaLauncher&, const ForwardPlan&, const ForwardParams&);
 extern template void launch_additive_backward(CudaLauncher&, const BackwardPlan&, const AdditiveBackwardParams&);
-extern template void launch_hard_forward<DType::kFloat32, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                        const HardForwardParams&);
-extern template void launch_hard_backward<DType::kFloat32, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                         const HardBackwardParams&);
-extern template void launch_summary<DType::kFloat32, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                   const SummaryKernelParams&);
-extern template void launch_hard_forward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                         const HardForwardParams&);
-extern template void launch_hard_backward<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                          const HardBackwardParams&);
-extern template void launch_summary<DType::kBFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                    const SummaryKernelParams&);
-extern template void launch_hard_forward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                        const HardForwardParams&);
-extern template void launch_hard_backward<DType::kFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                         const HardBackwardParams&);
-extern template void launch_summary<DType::kFloat16, CudaLauncher>(CudaLauncher&, const WalkPlan&,
-                                                                   const SummaryKernelParams&);
+extern template void launch_hard_forward<kFloat32>(CudaLauncher&, const WalkPlan&, const HardForwardParams&);
+extern template void launch_hard_forward<kBFloat16>(CudaLauncher&, const WalkPlan&, const HardForwardParams&);
+extern template void launch_hard_forward<kFloat16>(CudaLauncher&, const WalkPlan&, const HardForwardParams&);
+extern template void launch_hard_backward<kFloat32>(CudaLauncher&, const WalkPlan&, const HardBackwardParams&);
+extern template void launch_hard_backward<kBFloat16>(CudaLauncher&, const WalkPlan&, const HardBackwardParams&);
+extern template void launch_hard_backward<kFloat16>(CudaLauncher&, const WalkPlan&, const HardBackwardParams&);
+extern template void launch_summary<kFloat32>(CudaLauncher&, const WalkPlan&, const SummaryKernelParams&);
+extern template void launch_summary<kBFloat16>(CudaLauncher&, const WalkPlan&, const SummaryKernelParams&);
+extern template void launch_summary<kFloat16>(CudaLauncher&, const WalkPlan&, const SummaryKernelParams&);
 
 namespace {
 

@@ -92,11 +92,7 @@ struct ForwardKernel {
     const MaskGeometry geometry = mask_geometry(a, b);
     const TileRange keys = key_range(geometry, rows.query(r0), rows.query(r0 + block_rows - 1) + 1);
     const int full_begin = static_cast<int>(keys.full_begin), full_end = static_cast<int>(keys.full_end);
-    int n_begin = static_cast<int>(keys.begin / kBlockN);
-    int n_end = keys.end > keys.begin ? static_cast<int>((keys.end + kBlockN - 1) / kBlockN) : n_begin;
-    const int tiles_per_split = (n_end - n_begin + p.splits - 1) / p.splits;
-    n_begin += split * tiles_per_split;
-    n_end = n_end < n_begin + tiles_per_split ? n_end : n_begin + tiles_per_split;
+    const auto [n_begin, n_end] = tiles_of_split<kBlockN>(keys, split, p.splits);
 
     const SharedAddress q_tile = shared_base(), k_tile = q_tile + TileQ::kBytes, v_tile = k_tile + TileKV::kBytes;
     const int key_count = static_cast<int>(geometry.Lk);

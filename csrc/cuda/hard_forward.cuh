@@ -233,11 +233,16 @@ struct HardFinishKernel {
     copy_row(out, value, key >= 0, a.Dv, lane, p.copies_chunks);
   }
 
+  // The first key that the row sees. There is one; the bound is for a mask that somebody writes to meanwhile.
   FASTATTN_DEVICE int32_t first_visible(const AttentionParams& a, int64_t b, int64_t h, int64_t i) {
     const MaskGeometry geometry = mask_geometry(a, b);
     const int64_t* stride = a.mask_stride;
+    const int64_t end = hi(geometry, i);
     int64_t j = lo(geometry, i);
-    while (a.mask && !a.mask[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]]) ++j;
+    if (a.mask) {
+      const uint8_t* row = a.mask + b * stride[0] + h * stride[1] + i * stride[2];
+      while (j + 1 < end && row[j * stride[3]] == 0) ++j;
+    }
     return static_cast<int32_t>(j);
   }
 

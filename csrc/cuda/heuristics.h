@@ -57,12 +57,14 @@ constexpr int kPackedRows = 64;  // heads that share keys are packed when all th
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// CTAs that fit into the 64 K registers of a multiprocessor, whatever the kernel takes.
+constexpr int blocks_by_registers(int warps) { return 65536 / (255 * 32 * warps); }
+
 // CTAs that a multiprocessor should hold at once: as many as fit by shared memory (each CTA costs 1 KB more) and by
-// 64 K registers, up to three. Three have up to 96 KB of keys and values under way, more than twice of what memory with
-// a latency of 1 us and 5 TB/s wants; more parts than that only mean more partial results.
-inline int64_t resident_blocks(int shared_bytes, int warps, const DeviceProperties& device) {
+// registers, up to three. Three have up to 96 KB of keys and values under way, more than twice of what memory with a
+// latency of 1 us and 5 TB/s wants; more parts than that only mean more partial results.
+inline int64_t resident_blocks(int shared_bytes, int by_registers, const DeviceProperties& device) {
   const int64_t by_shared = (device.shared_bytes + 1024) / (shared_bytes + 1024);
-  const int64_t by_registers = 65536 / (255 * 32 * warps);
   return clamp_i64(min_i64(by_shared, by_registers), 1, 3);
 }
 
@@ -108,8 +110,8 @@ inline ForwardPlan plan_forward(const AttentionParams& p, bool has_modifiers, co
   const ForwardTiles tiles = forward_tiles(p.dtype, plan.dim, plan.variant);
   plan.row_blocks = static_cast<int>(divide_up(rows, tiles.block_m));
   const int64_t blocks = plan.row_blocks * (p.Hq / plan.packed_heads) * p.B;
-  const int64_t resident =
-      device.multiprocessors * resident_blocks(forward_shared_bytes(p.dtype, plan.dim, tiles), tiles.warps, device);
+  const int64_t resident = device.multiprocessors * resident_blocks(forward_shared_bytes(p.dtype, plan.dim, tiles),
+                                                                    blocks_by_registers(tiles.warps), device);
   const int64_t block_queries = divide_up(min_i64(rows, tiles.block_m), plan.packed_heads) + 1;
   plan.splits = choose_splits(blocks, divide_up(visible_keys(p, block_queries), tiles.block_n), resident);
   plan.blocks = blocks * plan.splits;
@@ -189,6 +191,7 @@ inline BackwardPlan plan_backward(const AttentionGradParams& g, bool has_modifie
 
 // Additive scores (additive.cuh): rows that stay, rows that pass by, and columns that are in shared memory at a time.
 constexpr int kAdditiveResident = 32, kAdditiveStreamed = 64, kAdditiveColumns = 64, kAdditiveWarps = 4;
+constexpr int kAdditiveForwardBlocks = 3;  // CTAs for which the forward kernel bounds its registers
 
 // Shared memory with sums of `rows` rows of `columns` columns, which are padded to whole steps. Before them come the
 // two tiles with 16 bytes more for each row, w, flags, and the weights between the two tiles. The kernels count D and
@@ -205,7 +208,7 @@ inline ForwardPlan plan_additive_forward(const AttentionParams& p, const DeviceP
   ForwardPlan plan;
   plan.row_blocks = static_cast<int>(divide_up(p.Lq, kAdditiveResident));
   const int64_t blocks = plan.row_blocks * p.Hq * p.B;
-  const int64_t resident = device.multiprocessors * resident_blocks(shared_bytes, kAdditiveWarps, device);
+  const int64_t resident = device.multiprocessors * resident_blocks(shared_bytes, kAdditiveForwardBlocks, device);
   const int64_t key_tiles = divide_up(visible_keys(p, min_i64(p.Lq, kAdditiveResident)), kAdditiveStreamed);
   plan.splits = choose_splits(blocks, key_tiles, resident);
   plan.blocks = blocks * plan.splits;

@@ -12,6 +12,7 @@
 #include "cuda/forward.cuh"
 #include "cuda/hard_backward.cuh"
 #include "cuda/hard_forward.cuh"
+#include "cuda/kernel.h"
 #include "cuda/summary.cuh"
 
 namespace fastattn::cuda {
@@ -49,13 +50,6 @@ inline std::string describe(const ZeroRowsParams& p) {
 }
 inline std::string describe(const SummaryKernelParams& p) {
   return describe(p.walk.attention) + " top_k=" + std::to_string(p.top_k);
-}
-
-// Bytes of shared memory for one launch: kSharedBytes, or fewer where the kernel counts columns at run time.
-template <class Kernel>
-int launch_shared_bytes(const typename Kernel::Params& params) {
-  if constexpr (requires { Kernel::shared_bytes(params); }) return Kernel::shared_bytes(params);
-  return Kernel::kSharedBytes;
 }
 
 constexpr int64_t kMaxGrid = (1LL << 31) - 1;

@@ -1,7 +1,8 @@
-// Where rows are: pointers into [B, H, L, D] tensors, and the query rows that a tile of the forward pass stands for.
+// Where rows are: pointers into [B, H, L, D] tensors, the query rows that a tile of the forward pass stands for, and
+// the tiles of keys that they walk over.
 #pragma once
 
-#include "core/params.h"
+#include "core/mask.h"
 #include "cuda/ptx.cuh"
 
 namespace fastattn::cuda {
@@ -28,6 +29,20 @@ struct QueryRows {
   FASTATTN_ALWAYS_INLINE int query(int r) const { return heads == 1 ? r : r / heads; }
   FASTATTN_ALWAYS_INLINE int head(int r) const { return heads == 1 ? first_head : first_head + r % heads; }
 };
+
+// The tiles of kBlockN keys [begin, end) that one part of the keys has, where a tile of rows sees `keys` and they are
+// split into `splits` parts. The last parts may have none.
+struct KeyTiles {
+  int begin, end;
+};
+template <int kBlockN>
+FASTATTN_DEVICE KeyTiles tiles_of_split(const TileRange& keys, int split, int splits) {
+  const int first = static_cast<int>(keys.begin / kBlockN);
+  const int last = keys.end > keys.begin ? static_cast<int>((keys.end + kBlockN - 1) / kBlockN) : first;
+  const int tiles_per_split = (last - first + splits - 1) / splits;
+  const int begin = first + split * tiles_per_split;
+  return {begin, last < begin + tiles_per_split ? last : begin + tiles_per_split};
+}
 
 // Whether every row of the tensor starts at a multiple of 16 bytes: what the asynchronous copies need.
 inline bool rows_are_aligned(const void* tensor, const int64_t (&stride)[3], int64_t element_bytes) {

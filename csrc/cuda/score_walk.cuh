@@ -98,11 +98,7 @@ struct RowWalk {
     const MaskGeometry geometry = mask_geometry(a, at.b);
     const TileRange keys = key_range(geometry, at.i0, at.i0 + at.rows);
     const int full_begin = static_cast<int>(keys.full_begin), full_end = static_cast<int>(keys.full_end);
-    int n_begin = static_cast<int>(keys.begin / kBlockN);
-    int n_end = keys.end > keys.begin ? static_cast<int>((keys.end + kBlockN - 1) / kBlockN) : n_begin;
-    const int tiles_per_split = (n_end - n_begin + p.splits - 1) / p.splits;
-    n_begin += at.split * tiles_per_split;
-    n_end = n_end < n_begin + tiles_per_split ? n_end : n_begin + tiles_per_split;
+    const auto [n_begin, n_end] = tiles_of_split<kBlockN>(keys, at.split, p.splits);
 
     const SharedAddress q_tile = shared_base(), k_tiles = q_tile + TileQ::kBytes;
     const int key_count = static_cast<int>(geometry.Lk);

@@ -51,8 +51,8 @@ inline WalkPlan plan_walk(const AttentionParams& p) {
 inline WalkPlan plan_hard_forward(const AttentionParams& p, const DeviceProperties& device) {
   WalkPlan plan = plan_walk(p);
   const WalkTiles tiles = walk_tiles(p.dtype, plan.dim);
-  const int64_t resident =
-      device.multiprocessors * resident_blocks(walk_shared_bytes(p.dtype, plan.dim, tiles), tiles.warps, device);
+  const int64_t resident = device.multiprocessors * resident_blocks(walk_shared_bytes(p.dtype, plan.dim, tiles),
+                                                                    blocks_by_registers(tiles.warps), device);
   const int64_t key_tiles = divide_up(visible_keys(p, min_i64(p.Lq, tiles.resident) + 1), tiles.streamed);
   plan.splits = choose_splits(plan.row_blocks * p.Hq * p.B, key_tiles, resident);
   return plan;

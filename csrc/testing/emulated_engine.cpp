@@ -11,30 +11,25 @@ namespace fastattn::cuda {
 
 using emulator::EmulatedLauncher;
 
-extern template void launch_forward<DType::kFloat32>(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
-extern template void launch_forward<DType::kBFloat16>(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
-extern template void launch_forward<DType::kFloat16>(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
-extern template void launch_backward<DType::kFloat32>(EmulatedLauncher&, const BackwardPlan&,
-                                                      const BiasGradientParams&);
-extern template void launch_backward<DType::kBFloat16>(EmulatedLauncher&, const BackwardPlan&,
-                                                       const BiasGradientParams&);
-extern template void launch_backward<DType::kFloat16>(EmulatedLauncher&, const BackwardPlan&,
-                                                      const BiasGradientParams&);
+using enum DType;
+
+extern template void launch_forward<kFloat32>(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_forward<kBFloat16>(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_forward<kFloat16>(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
+extern template void launch_backward<kFloat32>(EmulatedLauncher&, const BackwardPlan&, const BiasGradientParams&);
+extern template void launch_backward<kBFloat16>(EmulatedLauncher&, const BackwardPlan&, const BiasGradientParams&);
+extern template void launch_backward<kFloat16>(EmulatedLauncher&, const BackwardPlan&, const BiasGradientParams&);
 extern template void launch_additive_forward(EmulatedLauncher&, const ForwardPlan&, const ForwardParams&);
 extern template void launch_additive_backward(EmulatedLauncher&, const BackwardPlan&, const AdditiveBackwardParams&);
-extern template void launch_hard_forward<DType::kFloat32>(EmulatedLauncher&, const WalkPlan&, const HardForwardParams&);
-extern template void launch_hard_backward<DType::kFloat32>(EmulatedLauncher&, const WalkPlan&,
-                                                           const HardBackwardParams&);
-extern template void launch_summary<DType::kFloat32>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
-extern template void launch_hard_forward<DType::kBFloat16>(EmulatedLauncher&, const WalkPlan&,
-                                                           const HardForwardParams&);
-extern template void launch_hard_backward<DType::kBFloat16>(EmulatedLauncher&, const WalkPlan&,
-                                                            const HardBackwardParams&);
-extern template void launch_summary<DType::kBFloat16>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
-extern template void launch_hard_forward<DType::kFloat16>(EmulatedLauncher&, const WalkPlan&, const HardForwardParams&);
-extern template void launch_hard_backward<DType::kFloat16>(EmulatedLauncher&, const WalkPlan&,
-                                                           const HardBackwardParams&);
-extern template void launch_summary<DType::kFloat16>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
+extern template void launch_hard_forward<kFloat32>(EmulatedLauncher&, const WalkPlan&, const HardForwardParams&);
+extern template void launch_hard_forward<kBFloat16>(EmulatedLauncher&, const WalkPlan&, const HardForwardParams&);
+extern template void launch_hard_forward<kFloat16>(EmulatedLauncher&, const WalkPlan&, const HardForwardParams&);
+extern template void launch_hard_backward<kFloat32>(EmulatedLauncher&, const WalkPlan&, const HardBackwardParams&);
+extern template void launch_hard_backward<kBFloat16>(EmulatedLauncher&, const WalkPlan&, const HardBackwardParams&);
+extern template void launch_hard_backward<kFloat16>(EmulatedLauncher&, const WalkPlan&, const HardBackwardParams&);
+extern template void launch_summary<kFloat32>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
+extern template void launch_summary<kBFloat16>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
+extern template void launch_summary<kFloat16>(EmulatedLauncher&, const WalkPlan&, const SummaryKernelParams&);
 
 }  // namespace fastattn::cuda
 

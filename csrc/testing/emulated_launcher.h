@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/engine.cuh"
+#include "cuda/kernel.h"
 #include "testing/emulated_engine.h"
 
 namespace fastattn::emulator {
@@ -15,8 +16,7 @@ struct EmulatedLauncher {
   void launch(int64_t blocks, const typename Kernel::Params& params) {
     if (blocks == 0) return;
     const auto body = [](const void* arg) { Kernel::run(*static_cast<const typename Kernel::Params*>(arg)); };
-    int shared_bytes = Kernel::kSharedBytes;
-    if constexpr (requires { Kernel::shared_bytes(params); }) shared_bytes = Kernel::shared_bytes(params);
+    const int shared_bytes = cuda::launch_shared_bytes<Kernel>(params);
     run.kernels.push_back(Kernel::kName);
     run.report.merge(run_grid(blocks, Kernel::kThreads, shared_bytes, options, os_threads, body, &params));
   }
