@@ -16,6 +16,8 @@ from .core_module import load_core
 
 core = load_core()
 
+Runs = dict[str, dict[str, Any]]  # of a "forward" and a "backward" call, what the emulator reports
+
 MAX_HEAD_DIM = 256  # what the CUDA kernels serve
 NEVER_SPLIT = 0  # multiprocessors of an emulated device that any problem fills
 MANY_MULTIPROCESSORS = 64  # of an emulated device on which these small problems split their keys
@@ -65,8 +67,8 @@ def arguments(inputs: Inputs, rng_state: Tensor | None) -> dict[str, Any]:
     return kwargs
 
 
-def compute_emulated(inputs: Inputs, manual_seed: int = 0, **emulator: Any) -> tuple[Quantities, dict[str, Any]]:
-    """o, lse and every gradient by the emulated kernels, and what they ran: {"forward": ..., "backward": ...}."""
+def compute_emulated(inputs: Inputs, manual_seed: int = 0, **emulator: Any) -> tuple[Quantities, Runs]:
+    """o, lse and every gradient by the emulated kernels, and what they ran."""
     rng_state = None
     if inputs.kwargs.get("dropout_p"):
         torch.manual_seed(manual_seed)

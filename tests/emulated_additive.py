@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .additive import AdditiveInputs, Quantities
-from .emulated import array, core, tensor
+from .emulated import Runs, array, core, tensor
 
 SEED, OFFSET = 3, 4  # of dropout
 
@@ -23,8 +23,8 @@ def dropout_keep(inputs: AdditiveInputs) -> Tensor | None:
     return torch.from_numpy(core.dropout_mask(SEED, OFFSET, *inputs.q.shape[:3], inputs.k.shape[2], p))
 
 
-def compute_emulated_additive(inputs: AdditiveInputs, **emulator: Any) -> tuple[Quantities, dict[str, Any]]:
-    """o, lse and every gradient, and what was run: {"forward": ..., "backward": ...}."""
+def compute_emulated_additive(inputs: AdditiveInputs, **emulator: Any) -> tuple[Quantities, Runs]:
+    """o, lse and every gradient, and what was run."""
     given = inputs.kwargs
     causal = given.get("causal", False)
     kwargs: dict[str, Any] = {"causal": causal or "none", "w": array(inputs.w)}

@@ -10,7 +10,7 @@ from torch import Tensor
 from .cases import Inputs
 from .choices import Choice
 from .compare import Quantities
-from .emulated import arguments, array, core, tensor
+from .emulated import Runs, arguments, array, core, tensor
 
 RNG_STATE = (0x1234_5678_9ABC_DEF0, 0x77)
 FORWARD = ("o", "index", "log_prob", "row_max", "row_sum")
@@ -45,17 +45,17 @@ def hard_backward(
 
 def compute_hard(
     inputs: Inputs, rng_state: tuple[int, int] | None = RNG_STATE, **emulator: Any
-) -> tuple[Quantities, list[dict[str, Any]]]:
+) -> tuple[Quantities, Runs]:
     """Everything that a forward and a backward call write, and what they ran."""
     results, _ = hard_forward(inputs, rng_state, **emulator)
     gradients = hard_backward(inputs, results, **emulator)
     found = {name: tensor(results[name]) for name in FORWARD} | {name: tensor(gradients[name]) for name in BACKWARD}
-    return found, [results["run"], gradients["run"]]
+    return found, {"forward": results["run"], "backward": gradients["run"]}
 
 
 def compute_summary(
     inputs: Inputs, *, top_k: int = 8, key_mass: bool = True, rows: Tensor | None = None, **emulator: Any
-) -> tuple[Quantities, dict[str, Any]]:
+) -> tuple[Quantities, Runs]:
     """Everything that is written, and what ran."""
     results = core.emulated_attention_summary(
         array(inputs.q),
@@ -66,4 +66,5 @@ def compute_summary(
         emulator=emulator,
         **arguments(inputs, None),
     )
-    return {name: tensor(results[name]) for name in SUMMARY if name in results}, results["run"]
+    found = {name: tensor(results[name]) for name in SUMMARY if name in results}
+    return found, {"forward": results["run"]}

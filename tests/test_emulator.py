@@ -6,12 +6,11 @@ land late, and fails at races, deadlocks, and accesses out of bounds.
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,20 @@ from torch import Tensor
 
 from fastattn._ops import draw_rng_state
 
-from .cases import CASES, Case, Inputs, make_inputs
-from .compare import Quantities, expected, violations
+from .cases import CASES, Case, make_inputs
+from .compare import differences, expected, violations
 from .emulated import MANY_MULTIPROCESSORS, NEVER_SPLIT, array, compute_emulated, core, is_served, tensor
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+from .emulator_checks import (
+    DTYPES,
+    SHORT,
+    bank_conflicts,
+    each_dtype,
+    each_width,
+    leave_out_synchronisations,
+    order_dependence,
+    poisoned,
+    unnoticed,
+)
 
 
 def matrix() -> Iterator[Any]:
@@ -95,23 +102,13 @@ TELLING = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@each_width
 @pytest.mark.parametrize("case", TELLING, ids=lambda case: case.id)
 def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> None:
     """Fibers in other orders, copies that land at once or as late as they may, one thread or two: the same bits."""
     inputs = make_inputs(case, dtype)
-    settings: list[dict[str, Any]] = [
-        {"seed": 1},
-        {"seed": 2, "copies": "at_wait"},
-        {"seed": 3, "copies": "at_issue", "random_order": False},
-        {"seed": 4, "threads": 1},
-    ]
     for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-        wanted, _ = compute_emulated(inputs, multiprocessors=multiprocessors)
-        for setting in settings:
-            got, _ = compute_emulated(inputs, multiprocessors=multiprocessors, **setting)
-            for name, x in wanted.items():
-                assert torch.equal(got[name], x), f"{name} with {setting}"
+        assert not order_dependence(partial(compute_emulated, inputs, multiprocessors=multiprocessors))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
@@ -125,16 +122,7 @@ def test_dropout_mask_is_the_cpus(p: float) -> None:
 # ------------------------------------------------------------------------------------------------------ nothing leaks
 
 
-def poisoned(inputs: Inputs) -> Inputs:
-    """NaN in the keys and values that kv_lengths excludes."""
-    k, v = inputs.k.clone(), inputs.v.clone()
-    for b, length in enumerate(inputs.kwargs["kv_lengths"]):
-        k[b, :, length:] = math.nan
-        v[b, :, length:] = math.nan
-    return replace(inputs, k=k, v=v)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 @pytest.mark.parametrize(
     "case",
     [
@@ -151,8 +139,7 @@ def test_padding_is_not_read(case: Case, dtype: torch.dtype) -> None:
     for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
         wanted, _ = compute_emulated(inputs, multiprocessors=multiprocessors)
         got, _ = compute_emulated(poisoned(inputs), multiprocessors=multiprocessors)
-        for name, x in wanted.items():
-            assert torch.equal(got[name], x), name
+        assert not differences(wanted, got)
 
 
 @pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
@@ -185,7 +172,7 @@ def test_nothing_outside_of_the_inputs_is_read() -> None:
 # ---------------------------------------------------------------------------------------------------- rows of one kind
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 def test_rows_hidden_by_finite_values_are_uniform(dtype: torch.dtype) -> None:
     """A bias of finfo.min everywhere: o is the mean of v, and dv is that of a mean. lse alone cannot tell."""
     inputs = make_inputs(Case(37, 130, D=16, gqa=2), dtype)
@@ -198,7 +185,7 @@ def test_rows_hidden_by_finite_values_are_uniform(dtype: torch.dtype) -> None:
     assert (got["dv"].double() - dv).abs().max() <= 4 * unit * dv.abs().max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 @pytest.mark.parametrize(
     "case",
     [Case(70, 1, D=32), Case(70, 1, D=32, bias="11qk"), Case(70, 70, D=32, window=(0, 0)), Case(3, 3, window=(0, 0))],
@@ -220,36 +207,16 @@ def test_one_visible_key_leaves_no_gradient_of_scores(case: Case, dtype: torch.d
 # -------------------------------------------------------------------------------------------------- the emulator bites
 
 
-def outcome(inputs: Inputs, wanted: Quantities, **emulator: Any) -> str:
-    """What comes of a run: "" if it is right to the bit, else what went wrong."""
-    try:
-        got, _ = compute_emulated(inputs, **emulator)
-    except RuntimeError as error:
-        return str(error)
-    wrong = [name for name, x in wanted.items() if not torch.equal(got[name].nan_to_num(), x.nan_to_num())]
-    return f"wrong: {', '.join(wrong)}" if wrong else ""
-
-
-REMOVABLE = ("sync_block", "sync_warp", "cp_async_wait")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=SHORT.get)
+@each_width
 def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
     """Every barrier and every wait for copies, in every kernel, left out one at a time: each is missed by some case."""
-    missed: dict[tuple[str, int, str], str] = {}
-    for case in TELLING:
-        inputs = make_inputs(case, dtype)
-        for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-            wanted, ran = compute_emulated(inputs, multiprocessors=multiprocessors)
-            for run in ran.values():
-                for file, line, kind, calls, _ in run["sites"]:
-                    if kind not in REMOVABLE or not calls or missed.get((file, line, kind)):
-                        continue
-                    skip = (file, line, kind)
-                    missed[skip] = outcome(inputs, wanted, multiprocessors=multiprocessors, skip=skip)
+    missed = leave_out_synchronisations(
+        partial(compute_emulated, make_inputs(case, dtype), multiprocessors=multiprocessors)
+        for case in TELLING
+        for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS)
+    )
     assert len(missed) >= 15, sorted(missed)
-    unnoticed = sorted(site for site, what in missed.items() if not what)
-    assert not unnoticed, f"left out, and nobody noticed: {unnoticed}"
+    assert not unnoticed(missed)
 
 
 def test_a_missing_swizzle_costs_conflicts() -> None:
@@ -269,7 +236,7 @@ def test_a_missing_swizzle_costs_conflicts() -> None:
 EPILOGUES = {("gemm.cuh", "store_shared"), ("backward_bias.cuh", "store_shared"), ("backward_bias.cuh", "load_shared")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@each_width
 @pytest.mark.parametrize("D", [32, 64, 96, 128, 192, 256])
 def test_main_loops_are_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> None:
     for case in (
@@ -278,13 +245,8 @@ def test_main_loops_are_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> No
         Case(2, 200, D=D, Hkv=1, gqa=4),
     ):
         _, ran = compute_emulated(make_inputs(case, dtype))
-        for run in ran.values():
-            conflicts = {
-                (Path(file).name, kind): n
-                for file, _, kind, _, n in run["sites"]
-                if n and (Path(file).name, kind) not in EPILOGUES
-            }
-            assert not conflicts, f"{case.id}: {conflicts}"
+        conflicts = bank_conflicts(ran, but_for=EPILOGUES)
+        assert not conflicts, f"{case.id}: {conflicts}"
 
 
 # --------------------------------------------------------------------------------------------------------------- plans

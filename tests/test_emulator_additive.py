@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ from .additive import (
     ADDITIVE_CASES,
     AdditiveCase,
     AdditiveInputs,
-    Quantities,
     additive_violations,
     expected_by_reference,
     first_of_each_kind,
@@ -23,11 +22,15 @@ from .additive import (
 from .emulated import MANY_MULTIPROCESSORS, NEVER_SPLIT, core
 from .emulated_additive import compute_emulated_additive as compute
 from .emulated_additive import dropout_keep
+from .emulator_checks import (
+    bank_conflicts,
+    each_dtype,
+    each_width,
+    leave_out_synchronisations,
+    order_dependence,
+    unnoticed,
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 each_kind = pytest.mark.parametrize("case", first_of_each_kind(), ids=lambda case: case.id)
 
 
@@ -62,17 +65,12 @@ def test_the_kernels_that_run() -> None:
 # ---------------------------------------------------------------------------------------------------- one result only
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@each_width
 @each_kind
 def test_no_order_of_events_changes_a_bit(case: AdditiveCase, dtype: torch.dtype) -> None:
     inputs = make_additive_inputs(case, dtype)
-    settings: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2, "random_order": False}, {"seed": 3, "threads": 1}]
     for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-        wanted, _ = compute(inputs, multiprocessors=multiprocessors)
-        for setting in settings:
-            got, _ = compute(inputs, multiprocessors=multiprocessors, **setting)
-            for name, x in wanted.items():
-                assert torch.equal(got[name], x), f"{name} with {setting}"
+        assert not order_dependence(partial(compute, inputs, multiprocessors=multiprocessors))
 
 
 # ------------------------------------------------------------------------------------------------- rows of one kind
@@ -130,33 +128,16 @@ def test_infinities_and_nan(dtype: torch.dtype) -> None:
 # -------------------------------------------------------------------------------------------------- the emulator bites
 
 
-def outcome(inputs: AdditiveInputs, wanted: Quantities, **emulator: Any) -> str:
-    """What comes of a run: "" if it is right to the bit, else what went wrong."""
-    try:
-        got, _ = compute(inputs, **emulator)
-    except RuntimeError as error:
-        return str(error)
-    wrong = [name for name, x in wanted.items() if not torch.equal(got[name], x)]
-    return f"wrong: {', '.join(wrong)}" if wrong else ""
-
-
 def test_no_synchronisation_can_be_left_out() -> None:
     """Every barrier in every kernel, left out one at a time: each is missed by some case."""
-    missed: dict[tuple[str, int, str], str] = {}
-    for case in first_of_each_kind():
-        inputs = make_additive_inputs(case, torch.float32)
-        wanted, ran = compute(inputs)
-        for run in ran.values():
-            for file, line, kind, calls, _ in run["sites"]:
-                site = (file, line, kind)
-                if kind in ("sync_block", "sync_warp") and calls and not missed.get(site):
-                    missed[site] = outcome(inputs, wanted, skip=site)
+    missed = leave_out_synchronisations(
+        partial(compute, make_additive_inputs(case, torch.float32)) for case in first_of_each_kind()
+    )
     assert len(missed) >= 11, sorted(missed)
-    unnoticed = sorted(site for site, what in missed.items() if not what)
-    assert not unnoticed, f"left out, and nobody noticed: {unnoticed}"
+    assert not unnoticed(missed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@each_width
 @pytest.mark.parametrize("D", [20, 64, 130])
 def test_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> None:
     """All of the kernels, not the main loops alone."""
@@ -166,9 +147,7 @@ def test_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> None:
         AdditiveCase(40, 70, D=D, spikes=True),
     ):
         _, ran = compute(make_additive_inputs(case, dtype), multiprocessors=MANY_MULTIPROCESSORS)
-        for run in ran.values():
-            conflicts = {(Path(file).name, line, kind): n for file, line, kind, _, n in run["sites"] if n}
-            assert not conflicts, f"{case.id}: {conflicts}"
+        assert not bank_conflicts(ran), case.id
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
@@ -181,7 +160,8 @@ def plan(**shape: Any) -> dict[str, Any]:
 def test_keys_are_split_where_rows_are_few() -> None:
     decode = plan(B=16, Lq=1, Lk=4096)
     assert decode["row_blocks"] == 1
-    assert 132 <= decode["blocks"] == 16 * decode["splits"] <= 132 * 3
+    # More than two CTAs to each of 132 multiprocessors: the forward kernel's registers leave room for three.
+    assert 132 * 2 < decode["blocks"] == 16 * decode["splits"] <= 132 * 3
     assert plan(Lq=1, Lk=100)["splits"] == 2  # never more parts than tiles of keys
     assert plan(Lq=1, Lk=0)["splits"] == 1
     assert plan(B=16, Lq=1024, Lk=1024)["splits"] == 1

@@ -5,25 +5,31 @@ there for nothing. What the emulator is: test_emulator.py.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from .cases import Case, Inputs, make_inputs
+from .cases import Case, make_inputs
 from .choices import HARD_CASES, Choice, hard_quantities, score_error, violations, wrong_choices
-from .compare import Quantities
+from .compare import differences
 from .emulated import MANY_MULTIPROCESSORS, NEVER_SPLIT, arguments, array, core, tensor
 from .emulated_choices import BACKWARD, RNG_STATE, compute_hard, hard_backward, hard_forward
+from .emulator_checks import (
+    DTYPES,
+    bank_conflicts,
+    each_dtype,
+    each_width,
+    leave_out_synchronisations,
+    order_dependence,
+    poisoned,
+    unnoticed,
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 @pytest.mark.parametrize("case", HARD_CASES, ids=lambda case: case.id)
 def test_parity(case: Case, dtype: torch.dtype) -> None:
     """The key that float64 draws with the same noise, log_prob, every gradient; drawn and not, keys split and not."""
@@ -40,7 +46,7 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
             assert not wrong, "\n".join([f"{case.id} in {dtype}, {rng_state}, {multiprocessors}:", *wrong])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 @pytest.mark.parametrize("case", HARD_CASES[:17:2], ids=lambda case: case.id)
 def test_the_draw_is_the_cpus(case: Case, dtype: torch.dtype) -> None:
     """The same noise and the same scores, but for rounding: where they take another key, float64 finds both as good."""
@@ -73,7 +79,7 @@ def test_statistics_are_attentions() -> None:
             torch.testing.assert_close(tensor(hard["row_sum"]), tensor(soft["row_sum"]), rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 def test_one_visible_key_leaves_no_gradient_of_scores(dtype: torch.dtype) -> None:
     for case in (Case(70, 1, D=32), Case(70, 70, D=32, window=(0, 0)), Case(70, 70, D=64, Hkv=1, window=(0, 0))):
         inputs = make_inputs(case, dtype)
@@ -98,7 +104,7 @@ def test_noise_is_counted_as_dropout_counts() -> None:
     assert choice.log_prob.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 def test_the_lowest_key_wins_among_equals(dtype: torch.dtype) -> None:
     inputs = make_inputs(Case(20, 200, D=16, B=2), dtype)
     inputs.k[:] = inputs.k[:, :, :1]
@@ -108,7 +114,7 @@ def test_the_lowest_key_wins_among_equals(dtype: torch.dtype) -> None:
         assert set(choice.index.unique().tolist()) == {0, 77}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 def test_nan_goes_to_the_first_visible_key(dtype: torch.dtype) -> None:
     """As on the CPU: some key that exists and that the mask shows, the same one everywhere, and log_prob says NaN."""
     inputs = make_inputs(Case(70, 150, D=16, window=(100, 100), mask="11qk"), dtype)
@@ -155,16 +161,7 @@ def test_values_are_added_up_however_many_take_them() -> None:
 # ------------------------------------------------------------------------------------------------------ nothing leaks
 
 
-def poisoned(inputs: Inputs) -> Inputs:
-    """NaN in the keys and values that kv_lengths excludes."""
-    k, v = inputs.k.clone(), inputs.v.clone()
-    for b, length in enumerate(inputs.kwargs["kv_lengths"]):
-        k[b, :, length:] = math.nan
-        v[b, :, length:] = math.nan
-    return replace(inputs, k=k, v=v)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 def test_padding_is_not_read(dtype: torch.dtype) -> None:
     for case in (
         Case(40, 200, D=64, B=3, kv_lengths=(1, 130, 65), causal="bottom_right"),
@@ -175,8 +172,7 @@ def test_padding_is_not_read(dtype: torch.dtype) -> None:
         for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
             wanted, _ = compute_hard(inputs, multiprocessors=multiprocessors)
             got, _ = compute_hard(poisoned(inputs), multiprocessors=multiprocessors)
-            for name, x in wanted.items():
-                assert torch.equal(got[name], x), name
+            assert not differences(wanted, got)
 
 
 def test_what_is_not_served_is_refused() -> None:
@@ -197,68 +193,29 @@ TELLING = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@each_width
 @pytest.mark.parametrize("case", TELLING, ids=lambda case: case.id)
 def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
-    settings: list[dict[str, Any]] = [
-        {"seed": 1},
-        {"seed": 2, "copies": "at_wait"},
-        {"seed": 3, "copies": "at_issue", "random_order": False},
-        {"seed": 4, "threads": 1},
-    ]
     for multiprocessors in (NEVER_SPLIT, MANY_MULTIPROCESSORS):
-        wanted, _ = compute_hard(inputs, multiprocessors=multiprocessors)
-        for setting in settings:
-            got, _ = compute_hard(inputs, multiprocessors=multiprocessors, **setting)
-            for name, x in wanted.items():
-                assert torch.equal(got[name], x), f"{name} with {setting}"
+        assert not order_dependence(partial(compute_hard, inputs, multiprocessors=multiprocessors))
 
 
-def outcome(inputs: Inputs, wanted: Quantities, **emulator: Any) -> str:
-    """What comes of a run: "" if it is right to the bit, else what went wrong."""
-    try:
-        got, _ = compute_hard(inputs, **emulator)
-    except RuntimeError as error:
-        return str(error)
-    wrong = [name for name, x in wanted.items() if not torch.equal(got[name].nan_to_num(), x.nan_to_num())]
-    return f"wrong: {', '.join(wrong)}" if wrong else ""
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=SHORT.get)
+@each_width
 def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
-    missed: dict[tuple[str, int, str], str] = {}
-    for case in TELLING:
-        inputs = make_inputs(case, dtype)
-        wanted, ran = compute_hard(inputs)
-        for run in ran:
-            for file, line, kind, calls, _ in run["sites"]:
-                if (
-                    kind in ("sync_block", "sync_warp", "cp_async_wait")
-                    and calls
-                    and not missed.get((file, line, kind))
-                ):
-                    skip = (file, line, kind)
-                    missed[skip] = outcome(inputs, wanted, skip=skip)
+    missed = leave_out_synchronisations(partial(compute_hard, make_inputs(case, dtype)) for case in TELLING)
     # Of each walk a wait and a barrier, and two barriers of a warp where a gradient is written.
     assert len(missed) == 6, sorted(missed)
-    unnoticed = sorted(site for site, what in missed.items() if not what)
-    assert not unnoticed, f"left out, and nobody noticed: {unnoticed}"
+    assert not unnoticed(missed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@each_width
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_main_loops_are_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case(100, 140, D=D, Hkv=1, causal="bottom_right"), dtype)
     _, ran = compute_hard(inputs)
-    for run in ran:
-        conflicts = {
-            (Path(file).name, kind): n
-            for file, _, kind, _, n in run["sites"]
-            # The store that ends a tile of a gradient, once for a CTA's whole walk: two words of float32 to a lane.
-            if n and (Path(file).name, kind) != ("gemm.cuh", "store_shared")
-        }
-        assert not conflicts, conflicts
+    # The store that ends a tile of a gradient, once for a CTA's whole walk: two words of float32 to a lane.
+    assert not bank_conflicts(ran, but_for=[("gemm.cuh", "store_shared")])
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
@@ -310,7 +267,7 @@ def test_parts_of_the_keys_agree() -> None:
 def test_kernels_are_those_of_the_table() -> None:
     inputs = make_inputs(HARD_CASES[0], torch.float16)
     _, ran = compute_hard(inputs)
-    assert [run["kernels"] for run in ran] == [
+    assert [run["kernels"] for run in ran.values()] == [
         ["hard_attention_forward", "hard_attention_finish"],
         [
             "hard_attention_backward_rows",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -21,15 +19,22 @@ from .choices import (
     violations,
     wrong_tops,
 )
-from .compare import Quantities
+from .compare import differences
 from .emulated import arguments, array, core, tensor
 from .emulated_choices import compute_summary
+from .emulator_checks import (
+    DTYPES,
+    bank_conflicts,
+    each_dtype,
+    each_width,
+    leave_out_synchronisations,
+    order_dependence,
+    poisoned,
+    unnoticed,
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 @pytest.mark.parametrize(("case", "top_k"), SUMMARY_CASES, ids=lambda x: x.id if isinstance(x, Case) else f"top{x}")
 def test_parity(case: Case, top_k: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
@@ -58,7 +63,7 @@ def test_statistics_are_attentions() -> None:
             torch.testing.assert_close(got["lse"], tensor(soft["lse"]), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 @pytest.mark.parametrize("top_k", [1, 7, 32, 128])
 def test_the_lower_key_comes_first_among_equals(top_k: int, dtype: torch.dtype) -> None:
     """Small integers, whose products have no rounding: the keys are those of a stable sort."""
@@ -84,7 +89,7 @@ def test_sorted_scores(ascending: bool) -> None:
     assert torch.equal(got["top_index"], best.expand(1, 1, 20, 100))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 def test_rows_hidden_by_finite_values_are_uniform(dtype: torch.dtype) -> None:
     inputs = make_inputs(Case(37, 130, D=16, gqa=2), dtype)
     inputs.kwargs["bias"] = torch.full((1, 1, 37, 130), torch.finfo(torch.float32).min)
@@ -136,9 +141,9 @@ def test_nan_stays_in_its_row() -> None:
 def test_what_is_not_wanted_is_not_computed() -> None:
     inputs = make_inputs(SUMMARY_CASES[0][0], torch.float16)
     whole, ran = compute_summary(inputs, top_k=8)
-    assert ran["kernels"] == ["summary_rows", "summary_mass"]
+    assert ran["forward"]["kernels"] == ["summary_rows", "summary_mass"]
     part, ran = compute_summary(inputs, top_k=0, key_mass=False)
-    assert ran["kernels"] == ["summary_rows"]
+    assert ran["forward"]["kernels"] == ["summary_rows"]
     for name in ("entropy", "max_weight", "lse"):
         assert torch.equal(part[name], whole[name])
 
@@ -146,7 +151,7 @@ def test_what_is_not_wanted_is_not_computed() -> None:
 # ------------------------------------------------------------------------------------------------------ nothing leaks
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 def test_padding_is_not_read(dtype: torch.dtype) -> None:
     for case in (
         Case(40, 200, D=64, B=3, kv_lengths=(1, 130, 65), causal="bottom_right"),
@@ -154,13 +159,9 @@ def test_padding_is_not_read(dtype: torch.dtype) -> None:
         Case(33, 90, D=256, B=2, Hkv=1, kv_lengths=(89, 17), mask="b11k"),
     ):
         inputs = make_inputs(case, dtype)
-        k = inputs.k.clone()
-        for b, length in enumerate(inputs.kwargs["kv_lengths"]):
-            k[b, :, length:] = math.nan
         wanted, _ = compute_summary(inputs)
-        got, _ = compute_summary(replace(inputs, k=k))
-        for name, x in wanted.items():
-            assert torch.equal(got[name], x), name
+        got, _ = compute_summary(poisoned(inputs))
+        assert not differences(wanted, got)
 
 
 def test_what_is_not_served_is_refused() -> None:
@@ -181,58 +182,25 @@ TELLING = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@each_width
 @pytest.mark.parametrize("case", TELLING, ids=lambda case: case.id)
 def test_no_order_of_events_changes_a_bit(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
-    wanted, _ = compute_summary(inputs)
-    settings: list[dict[str, Any]] = [
-        {"seed": 1},
-        {"seed": 2, "copies": "at_wait"},
-        {"seed": 3, "copies": "at_issue", "random_order": False},
-        {"seed": 4, "threads": 1},
-    ]
-    for setting in settings:
-        got, _ = compute_summary(inputs, **setting)
-        for name, x in wanted.items():
-            assert torch.equal(got[name], x), f"{name} with {setting}"
+    assert not order_dependence(partial(compute_summary, inputs))
 
 
-def outcome(inputs: Inputs, wanted: Quantities, **emulator: Any) -> str:
-    """What comes of a run: "" if it is right to the bit, else what went wrong."""
-    try:
-        got, _ = compute_summary(inputs, **emulator)
-    except RuntimeError as error:
-        return str(error)
-    wrong = [name for name, x in wanted.items() if not torch.equal(got[name].nan_to_num(), x.nan_to_num())]
-    return f"wrong: {', '.join(wrong)}" if wrong else ""
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=SHORT.get)
+@each_width
 def test_no_synchronisation_can_be_left_out(dtype: torch.dtype) -> None:
-    missed: dict[tuple[str, int, str], str] = {}
-    for case in TELLING:
-        inputs = make_inputs(case, dtype)
-        wanted, run = compute_summary(inputs)
-        for file, line, kind, calls, _ in run["sites"]:
-            if kind in ("sync_block", "sync_warp", "cp_async_wait") and calls and not missed.get((file, line, kind)):
-                skip = (file, line, kind)
-                missed[skip] = outcome(inputs, wanted, skip=skip)
+    missed = leave_out_synchronisations(partial(compute_summary, make_inputs(case, dtype)) for case in TELLING)
     # Of each walk a wait and a barrier, and the warp's before it looks for the largest scores.
     assert len(missed) == 5, sorted(missed)
-    unnoticed = sorted(site for site, what in missed.items() if not what)
-    assert not unnoticed, f"left out, and nobody noticed: {unnoticed}"
+    assert not unnoticed(missed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@each_width
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_main_loops_are_free_of_bank_conflicts(D: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case(100, 140, D=D, Hkv=1, causal="bottom_right", bias="1h1k"), dtype)
-    _, run = compute_summary(inputs)
-    conflicts = {
-        (Path(file).name, kind): n
-        for file, _, kind, _, n in run["sites"]
-        # Lanes fetch scores that join their lists from wherever those are.
-        if n and (Path(file).name, kind) != ("summary.cuh", "load_shared")
-    }
-    assert not conflicts, conflicts
+    _, ran = compute_summary(inputs)
+    # Lanes fetch scores that join their lists from wherever those are.
+    assert not bank_conflicts(ran, but_for=[("summary.cuh", "load_shared")])
