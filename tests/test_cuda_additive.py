@@ -6,8 +6,6 @@ runs this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -26,22 +24,13 @@ from .additive import (
     make_additive_inputs,
 )
 from .compare import differences
-from .conftest import cuda_obstacle
 from .gpu import DEVICE, moved, on_cpu, seeds_of_the_cpu
+from .gpu_checks import (
+    DTYPES,
+    first_device,  # noqa: F401  it applies to every test here
+)
 
-if (obstacle := cuda_obstacle()) is not None:
-    pytest.skip(f"no CUDA: {obstacle}", allow_module_level=True)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True)
-def first_device() -> Iterator[None]:
-    with torch.cuda.device(DEVICE):
-        yield
-        # An error of a kernel would otherwise show up in another test.
-        torch.cuda.synchronize()
 
 
 def dropout_keep(case: AdditiveCase) -> Tensor | None:

@@ -5,7 +5,6 @@ streams and graphs. Nothing here runs without a GPU; the same kernels run in tes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,27 +16,17 @@ from fastattn._ops import draw_rng_state
 
 from .cases import Case, Inputs, make_inputs
 from .choices import HARD_CASES, Choice, hard_quantities, score_error, violations, wrong_choices
-from .conftest import cuda_obstacle
 from .gpu import DEVICE, moved_inputs, seeds_of_the_cpu
+from .gpu_checks import (
+    each_dtype,
+    first_device,  # noqa: F401  it applies to every test here
+)
 
-if (obstacle := cuda_obstacle()) is not None:
-    pytest.skip(f"no CUDA: {obstacle}", allow_module_level=True)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LARGE = [
     Case(1100, 1300, D=128, B=2, Hkv=2, gqa=2, causal="bottom_right"),
     Case(1, 20000, D=64, Hkv=4, gqa=2),  # keys split over the device
     Case(17, 19, D=32, B=70000, Hkv=1),  # more blocks than a grid has along y
 ]
-
-
-@pytest.fixture(autouse=True)
-def first_device() -> Iterator[None]:
-    with torch.cuda.device(DEVICE):
-        yield
-        # An error of a kernel would otherwise show up in another test.
-        torch.cuda.synchronize()
 
 
 def compute(inputs: Inputs, mode: str) -> tuple[Choice, dict[str, Tensor]]:
@@ -58,7 +47,7 @@ def state_drawn() -> tuple[int, int]:
     return first, second
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 @pytest.mark.parametrize("case", [*HARD_CASES, LARGE[0]], ids=lambda case: case.id)
 def test_parity(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)

@@ -5,7 +5,6 @@ in test_emulator_summary.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,27 +15,17 @@ import fastattn
 from .cases import Case, Inputs, make_inputs
 from .choices import SUMMARY_CASES, random_rows, score_error, summary_quantities, violations, wrong_tops
 from .compare import Quantities
-from .conftest import cuda_obstacle
-from .gpu import DEVICE, moved_inputs
+from .gpu import moved_inputs
+from .gpu_checks import (
+    each_dtype,
+    first_device,  # noqa: F401  it applies to every test here
+)
 
-if (obstacle := cuda_obstacle()) is not None:
-    pytest.skip(f"no CUDA: {obstacle}", allow_module_level=True)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LARGE = [
     (Case(1100, 1300, D=128, Hkv=2, gqa=2, causal="bottom_right"), 8),
     (Case(1, 20000, D=64, Hkv=4, gqa=2), 128),
     (Case(17, 19, D=32, B=70000, Hkv=1), 3),
 ]
-
-
-@pytest.fixture(autouse=True)
-def first_device() -> Iterator[None]:
-    with torch.cuda.device(DEVICE):
-        yield
-        # An error of a kernel would otherwise show up in another test.
-        torch.cuda.synchronize()
 
 
 def compute(inputs: Inputs, top_k: int, rows: Tensor | None = None) -> tuple[Quantities, Tensor]:
@@ -54,7 +43,7 @@ def compute(inputs: Inputs, top_k: int, rows: Tensor | None = None) -> tuple[Qua
     return {name: x.cpu() for name, x in quantities.items()}, found.top_indices.cpu()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@each_dtype
 @pytest.mark.parametrize(("case", "top_k"), [*SUMMARY_CASES, LARGE[0]], ids=lambda x: getattr(x, "id", f"top{x}"))
 def test_parity(case: Case, top_k: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)

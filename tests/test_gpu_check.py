@@ -33,7 +33,7 @@ REFUSED = "========= Error: Device not supported\n"
 
 
 def options(**changed: Any) -> argparse.Namespace:
-    defaults = {"steps": None, "seconds": 300.0, "device": "cuda", "started": time.time()}
+    defaults = {"steps": None, "seconds": 400.0, "device": "cuda", "started": time.time()}
     return argparse.Namespace(**{**defaults, **changed})
 
 
@@ -286,13 +286,22 @@ def test_time_is_left_for_the_steps_that_follow(check: Check) -> None:
     assert list(check.steps) == check.wanted
     assert check.wanted.index("memcheck") < check.wanted.index("bench") < check.wanted.index("racecheck")
     least = sum(gpu_check.LEAST_S.values())
-    assert check.limit_s("sizes") == pytest.approx(300 - gpu_check.GRACE_S - least, abs=5)
+    assert check.limit_s("sizes") == pytest.approx(400 - gpu_check.GRACE_S - least, abs=5)
     assert check.limit_s("sizes", 60) == 60
-    assert check.limit_s("bench") == pytest.approx(check.limit_s("sizes") + gpu_check.LEAST_S["bench"], abs=1)
-    assert check.limit_s("synccheck") == pytest.approx(300 - gpu_check.GRACE_S, abs=5)
+    memcheck = check.limit_s("sizes") + gpu_check.LEAST_S["memcheck"]
+    assert check.limit_s("memcheck") == pytest.approx(memcheck, abs=1)
+    assert check.limit_s("bench") == pytest.approx(memcheck + gpu_check.LEAST_S["bench"], abs=1)
+    assert check.limit_s("synccheck") == pytest.approx(400 - gpu_check.GRACE_S, abs=5)
     # What a shell script took before counts, and what is not asked for needs no time.
     late = Check(options(steps="sizes", started=time.time() - 40))
-    assert late.limit_s("sizes") == pytest.approx(260 - gpu_check.GRACE_S, abs=5)
+    assert late.limit_s("sizes") == pytest.approx(360 - gpu_check.GRACE_S, abs=5)
+
+
+def test_parity_leaves_time_for_all_steps() -> None:
+    """Even where it takes all of its own: 50 s for those before memcheck, and for the others what they need."""
+    before_memcheck = gpu_check.TOTAL_S - gpu_check.GRACE_S - sum(gpu_check.LEAST_S.values())
+    assert before_memcheck - gpu_check.PARITY_S >= 50
+    assert gpu_check.TOTAL_S < 8 * 60
 
 
 def test_steps_without_time_say_so(check: Check) -> None:
@@ -371,6 +380,12 @@ def test_processes_of_tests() -> None:
     assert gpu_check.count_processes(80 << 30) == max(1, min(12, cores - 1))
     assert gpu_check.count_processes(3 << 30) == 1
     assert gpu_check.count_processes(0) == 1
+
+
+def test_every_test_on_a_gpu_is_run() -> None:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    on_gpu = [name for name, text in texts.items() if re.search(r"^from \.gpu_checks import", text, re.MULTILINE)]
+    assert sorted(f"tests/{name}" for name in on_gpu) == sorted(gpu_check.GPU_TESTS)
 
 
 def test_what_has_a_step_is_a_test() -> None:
