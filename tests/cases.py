@@ -290,8 +290,8 @@ def _dims() -> list[Case]:
     cases = []
     for n, D in enumerate(DIMS):
         Dv = DIMS[(n + 5) % len(DIMS)]
-        for shape in ({"Lq": 70, "Lk": 131}, {"Lq": 2, "Lk": 67}, {"Lq": 1, "Lk": 40, "gqa": 4}):
-            cases += [Case(D=D, **shape), Case(D=D, Dv=Dv, causal="bottom_right", **shape)]
+        for Lq, Lk, gqa in ((70, 131, 1), (2, 67, 1), (1, 40, 4)):
+            cases += [Case(Lq, Lk, D=D, gqa=gqa), Case(Lq, Lk, D=D, gqa=gqa, Dv=Dv, causal="bottom_right")]
     return cases
 
 
@@ -369,7 +369,7 @@ def _modifiers() -> list[Case]:
               for lengths in ((0, 0, 0), (70, 70, 70), (0, 1, 69), (64, 65, 16))
               for more in ({}, {"causal": "bottom_right"}, {"causal": "top_left"}, {"sinks": True},
                            {"mask": "bhqk", "mask_values": "rows"}, {"bias": "1h1k"})]  # fmt: skip
-    cases += [Case(1, 70, D=16, B=3, gqa=4, kv_lengths=(0, 1, 69), **more) for more in ({}, {"sinks": True})]
+    cases += [Case(1, 70, D=16, B=3, gqa=4, kv_lengths=(0, 1, 69), sinks=sinks) for sinks in (False, True)]
     cases += [Case(40, 50, D=16, sinks=True, **more)
               for more in ({"window": (2, 2)}, {"mask": "11qk", "mask_values": "rows"},
                            {"mask": "", "mask_values": "none"},
