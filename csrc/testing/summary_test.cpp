@@ -319,15 +319,17 @@ void check_orders() {
     Inputs<float> in = make_inputs<float>(c, random);
     for (int64_t j = 0; j < c.Lk; ++j) in.k.at(0, 0, j, 0) = static_cast<float>(grows ? j : c.Lk - j);
     for (int64_t i = 0; i < c.Lq; ++i) in.q.at(0, 0, i, 0) = 1.0f;
-    on_every_isa([&](const char* isa) {
-      const int64_t top_k = 11;
-      const Summary<float> got = summarise(c, in, {.top_k = top_k}, {}, serial());
+    Inputs<double> wide = to_float64(c, in);
+    const int64_t top_k = 11;
+    const auto check = [&](const std::vector<int64_t>& top_index, const char* label) {
       for (int64_t n = 0; n < c.Lq * top_k; ++n) {
         const int64_t t = n % top_k, expected = grows ? c.Lk - 1 - t : t;
-        CHECK(got.top_index[static_cast<size_t>(n)] == expected, "%s: key %d, not %d", isa,
-              int(got.top_index[static_cast<size_t>(n)]), int(expected));
+        CHECK(top_index[static_cast<size_t>(n)] == expected, "%s: key %d, not %d", label,
+              int(top_index[static_cast<size_t>(n)]), int(expected));
       }
-    });
+    };
+    check(summarise(c, wide, {.top_k = top_k}, {}, serial()).top_index, "float64");
+    on_every_isa([&](const char* isa) { check(summarise(c, in, {.top_k = top_k}, {}, serial()).top_index, isa); });
   }
 }
 
