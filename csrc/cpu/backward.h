@@ -66,9 +66,10 @@ struct BackwardScratch {
 
 FASTATTN_FN int64_t dq_columns(const AttentionParams& p) { return round_up(p.D, 2 * kLanes); }
 
+// Hard attention needs neither dP = dO V^T nor weights for dO, and takes no memory for dO^T, dO, V and those.
 template <class Operands>
 inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t chunk_keys, bool dq_in_scratch,
-                                        char* memory, size_t* bytes) {
+                                        bool is_hard, char* memory, size_t* bytes) {
   const AttentionParams& p = gp.forward;
   constexpr int64_t kTile = (kMaxBlockKeys + kRowPad) * kBlockRows;
   const int64_t blocks = min_i64(kSuperBlocks, (p.Lq + kBlockRows - 1) / kBlockRows);
@@ -76,26 +77,26 @@ inline BackwardScratch backward_scratch(const AttentionGradParams& gp, int64_t c
   BackwardScratch s{};
   for (int64_t i = 0; i < blocks; ++i) {
     s.qt[i] = arena.take<float>(Operands::transposed_columns(p.D) * kBlockRows);
-    s.d_ot[i] = arena.take<float>(Operands::transposed_columns(p.Dv) * kBlockRows);
+    s.d_ot[i] = arena.take<float>(is_hard ? 0 : Operands::transposed_columns(p.Dv) * kBlockRows);
     s.q_rows[i] = arena.take<float>(Operands::copy_floats(kBlockRows, p.D));
-    s.d_o_rows[i] = arena.take<float>(Operands::copy_floats(kBlockRows, p.Dv));
+    s.d_o_rows[i] = arena.take<float>(is_hard ? 0 : Operands::copy_floats(kBlockRows, p.Dv));
   }
   s.dq = arena.take<float>(dq_in_scratch ? blocks * kBlockRows * dq_columns(p) : 0);
   s.row_max = arena.take<float>(kSuperRows);
   s.inverse_sum = arena.take<float>(kSuperRows);
   s.delta = arena.take<float>(kSuperRows);
-  s.index = arena.take<uint32_t>(kSuperRows);
-  s.is_saturated = arena.take<bool>(kSuperRows);
+  s.index = arena.take<uint32_t>(is_hard ? kSuperRows : 0);
+  s.is_saturated = arena.take<bool>(is_hard ? 0 : kSuperRows);
   s.dk = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.D));
   s.dv = arena.take<float>((chunk_keys + kRowPad) * Operands::padded(p.Dv));
   s.k = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
-  s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
+  s.v = arena.take<float>(is_hard ? 0 : Operands::copy_floats(kMaxBlockKeys, p.Dv));
   s.k_rows = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
   s.w = arena.take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
   s.dw = arena.take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
   s.s = arena.take<float>(kTile);
   s.ds = arena.take<float>(kTile);
-  s.s_half = arena.take<uint16_t>(Operands::kPairs ? kTile : 0);
+  s.s_half = arena.take<uint16_t>(Operands::kPairs && !is_hard ? kTile : 0);
   s.ds_half = arena.take<uint16_t>(Operands::kPairs ? kTile : 0);
   s.ds_pairs = arena.take<uint32_t>(Operands::kPairs ? kTile : 0);
   s.bias = arena.take<float>(p.bias != nullptr ? kTile : 0);
@@ -444,11 +445,11 @@ inline void run_trimmed(const MaskGeometry& g, const Tile& tile, const BackwardP
   const BackwardScratch& scratch = panel.scratch;
   const size_t elements = static_cast<size_t>(tile.nk * kBlockRows);
   if constexpr (Operands::kPairs) {
-    memset(scratch.s_half, 0, elements * sizeof(uint16_t));
+    if (!panel.is_hard) memset(scratch.s_half, 0, elements * sizeof(uint16_t));
     memset(scratch.ds_half, 0, elements * sizeof(uint16_t));
     memset(scratch.ds_pairs, 0, elements / 2 * sizeof(uint32_t) + kBlockRows * sizeof(uint32_t));
   } else {
-    memset(scratch.s, 0, elements * sizeof(float));
+    if (!panel.is_hard) memset(scratch.s, 0, elements * sizeof(float));
     memset(scratch.ds, 0, elements * sizeof(float));
   }
   if (panel.wants_d_bias) memset(scratch.d_bias, 0, elements * sizeof(float));
@@ -559,14 +560,14 @@ inline void backward_super_block(const AttentionGradParams& gp, const MaskGeomet
       const char *weights, *ds_rows, *ds_columns;
       int64_t key_stride;
       if constexpr (Operands::kPairs) {
-        memset(scratch.s_half + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(uint16_t));
+        if (!is_hard) memset(scratch.s_half + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(uint16_t));
         memset(scratch.ds_half + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(uint16_t));
         weights = reinterpret_cast<const char*>(scratch.s_half);
         ds_rows = reinterpret_cast<const char*>(scratch.ds_half);
         ds_columns = reinterpret_cast<const char*>(scratch.ds_pairs);
         key_stride = kBlockRows * 2;
       } else {
-        memset(scratch.s + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(float));
+        if (!is_hard) memset(scratch.s + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(float));
         memset(scratch.ds + nk * kBlockRows, 0, kRowPad * kBlockRows * sizeof(float));
         weights = reinterpret_cast<const char*>(scratch.s);
         ds_rows = ds_columns = reinterpret_cast<const char*>(scratch.ds);
@@ -602,8 +603,8 @@ inline void backward_task_as(const AttentionGradParams& gp, const BackwardTask& 
   using Element = typename Operands::Element;
   using Raw = typename Operands::Raw;
   const AttentionParams& p = gp.forward;
-  const BackwardScratch scratch =
-      backward_scratch<Operands>(gp, task.j1 - task.j0, task.dq_partial == nullptr, memory, nullptr);
+  const BackwardScratch scratch = backward_scratch<Operands>(gp, task.j1 - task.j0, task.dq_partial == nullptr,
+                                                             task.hard != nullptr, memory, nullptr);
   const int64_t group = p.Hq / p.Hkv;
   const int64_t dk_stride = Operands::padded(p.D), dv_stride = Operands::padded(p.Dv);
   const int64_t padded_Lq = round_up(p.Lq, kBlockRows);
