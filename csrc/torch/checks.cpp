@@ -289,13 +289,13 @@ AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
                                                                          {"alibi_slopes", &a.alibi_slopes},
                                                                          {"sinks", &a.sinks},
                                                                          {"kv_lengths", &a.kv_lengths},
-                                                                         {"rng_state", &a.rng_state},
-                                                                         {"w", &a.w}};
+                                                                         {"rng_state", &a.rng_state}};
   check_device("k", a.k, a.q);
   check_device("v", a.v, a.q);
   for (const auto& [name, tensor] : others) {
     if (*tensor) check_device(name, **tensor, a.q);
   }
+  if (a.w) check_device("w", *a.w, a.q);
   p.dtype = check_query_dtype(a.q);
   check_same_dtype("k", a.k, p.dtype);
   check_same_dtype("v", a.v, p.dtype);
