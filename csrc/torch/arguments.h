@@ -11,12 +11,21 @@ namespace fastattn {
 
 using torch::stable::Tensor;
 
+// What messages say of one operator and not of the others.
+struct OperatorTexts {
+  const char* ranks;       // the numbers of dimensions that it takes
+  const char* keys;        // who has the length of the keys
+  const char* wide_heads;  // what else there is to call for head dimensions beyond the CUDA kernels'
+  const char* many_keys;   // what to do with more keys than they take
+};
+
 inline const std::optional<Tensor> kNoTensor;
 
 // Shapes: see core/params.h; bias and mask may lack leading dimensions, which then count as 1. alibi_slopes and sinks
 // are of the accumulator type, rng_state is (seed, offset). w asks for additive scores. References, so that whatever is
 // put in has to outlive the arguments: an operator's parameters do, a temporary does not.
 struct AttentionArguments {
+  const OperatorTexts& texts;
   const Tensor& q;
   const Tensor& k;
   const Tensor& v;

@@ -11,10 +11,10 @@
 namespace fastattn {
 namespace {
 
-void check_rank(const char* name, const Tensor& tensor) {
+void check_rank(const char* name, const Tensor& tensor, const OperatorTexts& texts) {
   if (tensor.dim() != 4) {
-    value_error(name, " has ", tensor.dim(), " dimensions, shape ", shape_text(tensor),
-                "; attention takes four, (B, H, L, D): add or merge dimensions with unsqueeze or flatten.");
+    value_error(name, " has ", tensor.dim(), " dimensions, shape ", shape_text(tensor), "; ", texts.ranks,
+                ": add or merge dimensions with unsqueeze or flatten.");
   }
 }
 
@@ -53,9 +53,9 @@ void check_accumulator_dtype(const char* name, const Tensor& tensor, DType dtype
 }
 
 void check_shapes(const AttentionArguments& a, AttentionParams* p) {
-  check_rank("q", a.q);
-  check_rank("k", a.k);
-  check_rank("v", a.v);
+  check_rank("q", a.q, a.texts);
+  check_rank("k", a.k, a.texts);
+  check_rank("v", a.v, a.texts);
   const IntHeaderOnlyArrayRef q = a.q.sizes(), k = a.k.sizes(), v = a.v.sizes();
   p->B = q[0], p->Hq = q[1], p->Lq = q[2], p->D = q[3];
   p->Hkv = k[1], p->Lk = k[2], p->Dv = v[3];
@@ -107,7 +107,7 @@ void check_sizes_fit(const AttentionParams& p) {
 }
 
 // What the CPU takes and the CUDA kernels do not.
-void check_limits_of_cuda(const AttentionParams& p) {
+void check_limits_of_cuda(const AttentionParams& p, const OperatorTexts& texts) {
   if (p.dtype == DType::kFloat64) {
     type_error(
         "q is torch.float64, which the CUDA kernels do not take; they take torch.float32, torch.bfloat16 and "
@@ -117,14 +117,15 @@ void check_limits_of_cuda(const AttentionParams& p) {
   for (const auto& [names, dim] : {std::pair{"q and k have", p.D}, {"v has", p.Dv}}) {
     if (dim > cuda::kMaxHeadDim) {
       value_error(names, " head dimension ", dim, "; the CUDA kernels take at most ", cuda::kMaxHeadDim,
-                  ": move the tensors to the CPU with q.cpu(), where there is no limit, or call "
-                  "torch.nn.functional.scaled_dot_product_attention.");
+                  ": move the tensors to the CPU with q.cpu(), where there is no limit, or call ", texts.wide_heads,
+                  ".");
     }
   }
-  for (const auto& [names, length] : {std::pair{"q has", p.Lq}, {"k and v have", p.Lk}}) {
+  for (const auto& [names, length, remedy] :
+       {std::tuple{"q has", p.Lq, "cut q into parts and concatenate their results"},
+        {texts.keys, p.Lk, texts.many_keys}}) {
     if (length > cuda::kMaxLength) {
-      value_error(names, " length ", length, "; the CUDA kernels take at most ", cuda::kMaxLength,
-                  ": cut the sequence into parts and combine them with merge_attention_states.");
+      value_error(names, " length ", length, "; the CUDA kernels take at most ", cuda::kMaxLength, ": ", remedy, ".");
     }
   }
 }
@@ -301,7 +302,7 @@ AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
   check_same_dtype("v", a.v, p.dtype);
   check_shapes(a, &p);
   check_sizes_fit(p);
-  if (for_cuda) check_limits_of_cuda(p);
+  if (for_cuda) check_limits_of_cuda(p, a.texts);
   if (a.bias) check_bias(*a.bias, &p);
   if (a.mask) check_mask(*a.mask, p);
   if (a.alibi_slopes) check_alibi_slopes(*a.alibi_slopes, p);

@@ -12,8 +12,30 @@ namespace {
 
 using fastattn::AttentionArguments;
 using fastattn::kNoTensor;
+using fastattn::OperatorTexts;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kOneRank = "attention takes four, (B, H, L, D)";
+constexpr const char* kMergeParts = "cut k and v into parts and combine their results with merge_attention_states";
+constexpr const char* kUseCpu = "move the tensors to the CPU with q.cpu(), where there is no limit";
+
+constexpr OperatorTexts kAttention{.ranks = kOneRank,
+                                   .keys = "k and v have",
+                                   .wide_heads = "torch.nn.functional.scaled_dot_product_attention",
+                                   .many_keys = kMergeParts};
+constexpr OperatorTexts kAdditive{
+    .ranks = "additive_attention takes four, (B, H, L, D), or for one head three, (B, L, D), in all of q, k and v",
+    .keys = "k and v have",
+    .wide_heads = "fastattn.reference.additive_attention",
+    .many_keys = kMergeParts};
+// A choice out of each part has no merge, nor has a summary.
+constexpr OperatorTexts kHard{.ranks = kOneRank,
+                              .keys = "k and v have",
+                              .wide_heads = "fastattn.reference.log_probabilities, hard_choice and hard_attention",
+                              .many_keys = kUseCpu};
+constexpr OperatorTexts kSummary{
+    .ranks = kOneRank, .keys = "k has", .wide_heads = "fastattn.reference.attention_summary", .many_keys = kUseCpu};
 
 // The argument lists below repeat the schemas', which TORCH_BOX matches by position.
 std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -23,7 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
                                                      int64_t causal, int64_t window_left, int64_t window_right,
                                                      std::optional<double> scale, double softcap, double dropout_p,
                                                      bool save_stats) {
-  const AttentionArguments arguments{.q = q,
+  const AttentionArguments arguments{.texts = kAttention,
+                                     .q = q,
                                      .k = k,
                                      .v = v,
                                      .bias = bias,
@@ -47,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& sinks, const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
     int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap, double dropout_p,
     bool need_d_bias, bool need_d_sinks) {
-  const AttentionArguments arguments{.q = q,
+  const AttentionArguments arguments{.texts = kAttention,
+                                     .q = q,
                                      .k = k,
                                      .v = v,
                                      .bias = bias,
@@ -72,7 +96,8 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
                      const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
                      int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap,
                      double dropout_p, std::string device) {
-  const AttentionArguments arguments{.q = q,
+  const AttentionArguments arguments{.texts = kAttention,
+                                     .q = q,
                                      .k = k,
                                      .v = v,
                                      .bias = bias,
@@ -93,7 +118,8 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
 AttentionArguments additive_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w,
                                       const OptionalTensor& mask, const OptionalTensor& kv_lengths,
                                       const OptionalTensor& rng_state, int64_t causal, double dropout_p) {
-  return {.q = q,
+  return {.texts = kAdditive,
+          .q = q,
           .k = k,
           .v = v,
           .mask = mask,
@@ -133,7 +159,8 @@ void check_additive(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 AttentionArguments hard_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                                   const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
                                   int64_t window_left, int64_t window_right, std::optional<double> scale) {
-  return {.q = q,
+  return {.texts = kHard,
+          .q = q,
           .k = k,
           .v = v,
           .mask = mask,
@@ -176,7 +203,8 @@ AttentionArguments summary_arguments(const Tensor& q, const Tensor& k, const Opt
                                      const OptionalTensor& sinks, const OptionalTensor& kv_lengths, int64_t causal,
                                      int64_t window_left, int64_t window_right, std::optional<double> scale,
                                      double softcap) {
-  return {.q = q,
+  return {.texts = kSummary,
+          .q = q,
           .k = k,
           .v = k,
           .bias = bias,
