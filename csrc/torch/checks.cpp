@@ -223,9 +223,12 @@ void check_w(const Tensor& w, const AttentionParams& p) {
 }
 
 void check_rng_state(const Tensor& state) {
-  if (dtype_code(state) != aoti_torch_dtype_int64() || state.dim() != 1 || state.size(0) != 2) {
-    value_error("rng_state is ", dtype_name(dtype_code(state)), " of shape ", shape_text(state),
-                "; it must be an int64 tensor (seed, offset).");
+  if (state.dim() != 1 || state.size(0) != 2) {
+    value_error("rng_state has shape ", shape_text(state), "; it must be (2,), the numbers (seed, offset).");
+  }
+  if (dtype_code(state) != aoti_torch_dtype_int64()) {
+    type_error("rng_state is ", dtype_name(dtype_code(state)),
+               "; it must be torch.int64: convert with rng_state.to(torch.int64).");
   }
 }
 
@@ -264,7 +267,7 @@ void check_numbers(const AttentionArguments& a, AttentionParams* p) {
   p->dropout_p = a.dropout_p;
 }
 
-void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, DType dtype) {
+void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, int32_t dtype) {
   bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
   for (const int64_t size : sizes) equal = equal && tensor.size(i++) == size;
@@ -275,10 +278,14 @@ void check_rows(const char* name, const Tensor& tensor, std::initializer_list<in
     value_error(name, " has shape ", shape_text(tensor), "; it must be (", wanted.str(),
                 "), as the forward pass gave.");
   }
-  if (!has_dtype(tensor, dtype)) {
-    type_error(name, " is ", dtype_name(dtype_code(tensor)), "; it must be ", dtype_name(dtype_code(dtype)),
+  if (dtype_code(tensor) != dtype) {
+    type_error(name, " is ", dtype_name(dtype_code(tensor)), "; it must be ", dtype_name(dtype),
                ", as the forward pass gave.");
   }
+}
+
+void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, DType dtype) {
+  check_rows(name, tensor, sizes, dtype_code(dtype));
 }
 
 }  // namespace
@@ -329,14 +336,7 @@ void check_stats(const Tensor& stats, const Tensor& q, const AttentionParams& p)
 
 void check_index(const Tensor& index, const Tensor& q, const AttentionParams& p) {
   check_device("index", index, q);
-  bool has_shape = index.dim() == 3;
-  const int64_t sizes[3] = {p.B, p.Hq, p.Lq};
-  for (int64_t i = 0; has_shape && i < 3; ++i) has_shape = index.size(i) == sizes[i];
-  if (!has_shape || dtype_code(index) != aoti_torch_dtype_int64()) {
-    value_error("index is ", dtype_name(dtype_code(index)), " of shape ", shape_text(index),
-                "; it must be torch.int64 of shape (B, Hq, Lq) = (", p.B, ", ", p.Hq, ", ", p.Lq,
-                "), as the forward pass gave.");
-  }
+  check_rows("index", index, {p.B, p.Hq, p.Lq}, aoti_torch_dtype_int64());
   // The kernels for CUDA compare indices and never follow them.
   if (!index.is_cpu()) return;
   const Tensor dense = as_contiguous(index);
