@@ -591,7 +591,8 @@ CALLS = [
     Bad("k-dtype", TypeError, ("k is torch.float64 but q is torch.float32",), {"k": zeros(B, Hkv, Lk, D).double()}),
     Bad("q-integers", TypeError, ("q is torch.int64",), {"q": zeros(B, Hq, Lq, D).long()}),
     Bad("q-rank", ValueError, ("q has 2 dimensions, shape (3, 4)",), {"q": zeros(Lq, D)}),
-    Bad("k-rank", ValueError, ("k has 3 dimensions",), {"k": zeros(B, Lk, D)}),
+    Bad("k-rank", ValueError, ("k has 3 dimensions", "additive_attention takes four, (B, H, L, D), or for one head"
+        " three, (B, L, D), in all of q, k and v: add"), {"k": zeros(B, Lk, D)}),
     Bad("one-head-k-rank", ValueError, ("k has 4 dimensions, shape (2, 2, 5, 4), but q has 3", "unsqueeze(1)"),
         {"q": zeros(B, Lq, D)}),
     Bad("one-head-v-rank", ValueError, ("v has 4 dimensions", "but q has 3"),

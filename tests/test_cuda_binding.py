@@ -6,6 +6,7 @@ GPU, and in test_emulator.py on the host.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -150,6 +151,75 @@ def test_limits(error: type[Exception], parts: tuple[str, ...], make: Any) -> No
     assert "\n" not in text
     for part in parts:
         assert part in text
+
+
+OPERATORS: dict[str, tuple[Any, str, str, str]] = {  # function of q and k, what else for wide heads, who has many keys
+    "attention": (
+        lambda q, k: fastattn.attention(q, k, k),
+        "torch.nn.functional.scaled_dot_product_attention",
+        "k and v have",
+        "merge_attention_states",
+    ),
+    "additive": (
+        lambda q, k: fastattn.additive_attention(q, k, k, empty(q.shape[-1])),
+        "fastattn.reference.additive_attention",
+        "k and v have",
+        "merge_attention_states",
+    ),
+    "additive-one-head": (
+        lambda q, k: fastattn.additive_attention(q.squeeze(1), *[k.squeeze(1)] * 2, empty(q.shape[-1])),
+        "fastattn.reference.additive_attention",
+        "k and v have",
+        "merge_attention_states",
+    ),
+    "hard": (
+        lambda q, k: fastattn.hard_attention(q, k, k),
+        "fastattn.reference.log_probabilities, hard_choice and hard_attention",
+        "k and v have",
+        "q.cpu()",
+    ),
+    "summary": (
+        fastattn.attention_summary,
+        "fastattn.reference.attention_summary",
+        "k has",
+        "q.cpu()",
+    ),
+}
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_limit_names_what_the_operator_has_instead(name: str) -> None:
+    function, for_wide_heads, keys, for_many_keys = OPERATORS[name]
+
+    def message(q: Tensor, k: Tensor) -> str:
+        with pytest.raises(ValueError, match=r"^fastattn: .*\.$") as raised:
+            function(q, k)
+        return str(raised.value)
+
+    short, long = empty(1, 1, 4, 8), empty(1, 1, 1, 8).expand(1, 1, 2**31, 8)
+    wide = message(empty(1, 1, 4, 257), empty(1, 1, 4, 257))
+    assert wide == (
+        "fastattn: q and k have head dimension 257; the CUDA kernels take at most 256: move the tensors to the CPU with"
+        f" q.cpu(), where there is no limit, or call {for_wide_heads}."
+    )
+    many_rows = "fastattn: q has length 2147483648; the CUDA kernels take at most 1073741824: cut q into parts"
+    assert message(long, short).startswith(many_rows)
+    many_keys = message(short, long)
+    assert many_keys.startswith(f"fastattn: {keys} length 2147483648; the CUDA kernels take at most 1073741824: ")
+    assert for_many_keys in many_keys
+    # Results over parts of the keys merge where there is an lse, and a choice or a summary has none to merge by.
+    assert ("merge" in many_keys) == (for_many_keys == "merge_attention_states")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_there_is_instead(name: str) -> None:
+    """Messages name functions that exist, with their whole path or after one that has it."""
+    place: Any = None
+    for path in re.split(", | and ", OPERATORS[name][1]):
+        *modules, function = path.split(".")
+        place = importlib.import_module(".".join(modules)) if modules else place
+        assert callable(getattr(place, function))
 
 
 @pytest.mark.usefixtures("fake")

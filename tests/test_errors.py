@@ -322,9 +322,13 @@ OPERATOR_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     (
         "rng-shape",
         lambda: forward(dropout_p=0.5, rng_state=torch.zeros(3, dtype=torch.int64)),
-        "rng_state is torch.int64 of shape (3,)",
+        "fastattn: rng_state has shape (3,); it must be (2,)",
     ),
-    ("rng-dtype", lambda: forward(dropout_p=0.5, rng_state=torch.zeros(2)), "rng_state is torch.float32"),
+    (
+        "rng-dtype",
+        lambda: forward(dropout_p=0.5, rng_state=torch.zeros(2)),
+        "fastattn[TypeError]: rng_state is torch.float32; it must be torch.int64",
+    ),
     ("alibi-dtype", lambda: forward(alibi_slopes=torch.zeros(4).double()), "alibi_slopes is torch.float64"),
     ("sinks-dtype", lambda: forward(sinks=torch.zeros(4).half()), "sinks is torch.float16 but must be torch.float32"),
     ("d_o-shape", lambda: backward(**good() | {"d_o": q()}), "d_o has shape (2, 4, 5, 8); it must be (2, 4, 5, 6)"),

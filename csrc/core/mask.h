@@ -52,6 +52,18 @@ FASTATTN_FN int64_t hi(const MaskGeometry& g, int64_t i) { return clamp_i64(i + 
 
 FASTATTN_FN bool keep(const MaskGeometry& g, int64_t i, int64_t j) { return lo(g, i) <= j && j < hi(g, i); }
 
+// The first key that geometry and boolean mask leave row i of head (b, hq), whatever its score; for rows that are known
+// to see one.
+FASTATTN_FN int64_t first_visible_key(const AttentionParams& p, const MaskGeometry& g, int64_t b, int64_t hq,
+                                      int64_t i) {
+  int64_t j = lo(g, i);
+  if (p.mask == nullptr) return j;
+  const int64_t* stride = p.mask_stride;
+  const uint8_t* row = p.mask + b * stride[0] + hq * stride[1] + i * stride[2];
+  while (j + 1 < hi(g, i) && row[j * stride[3]] == 0) ++j;
+  return j;
+}
+
 // The keys that rows [i0, i1) see, i0 < i1.
 FASTATTN_FN TileRange key_range(const MaskGeometry& g, int64_t i0, int64_t i1) {
   return {lo(g, i0), max_i64(lo(g, i0), hi(g, i1 - 1)), lo(g, i1 - 1), hi(g, i0)};

@@ -109,7 +109,8 @@ void run_backward(const AttentionGradParams& gp, const HardAttentionGradParams* 
   const BackwardPlan plan = plan_backward(gp, table);
   const int64_t tasks = plan.tasks();
   const int workers = worker_count(parallel, tasks, 2.5 * score_flop(p));
-  const size_t scratch_bytes = whole_pages(table.backward_scratch_bytes(gp, plan.chunk_keys, !plan.has_partials()));
+  const size_t scratch_bytes =
+      whole_pages(table.backward_scratch_bytes(gp, plan.chunk_keys, !plan.has_partials(), hard != nullptr));
   const int64_t chunk_stride = heads * plan.dq_head_floats;
   const size_t partial_bytes =
       plan.has_partials() ? sizeof(float) * static_cast<size_t>(plan.chunks * chunk_stride) : 0;

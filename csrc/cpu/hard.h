@@ -142,16 +142,6 @@ struct Draw {
   }
 };
 
-// The first key that a row sees; there is one.
-inline int64_t first_visible_key(const AttentionParams& p, const MaskGeometry& g, int64_t b, int64_t hq, int64_t i) {
-  int64_t j = lo(g, i);
-  if (p.mask == nullptr) return j;
-  const int64_t* stride = p.mask_stride;
-  const uint8_t* row = p.mask + b * stride[0] + hq * stride[1] + i * stride[2];
-  while (j + 1 < hi(g, i) && row[j * stride[3]] == 0) ++j;
-  return j;
-}
-
 // Writes index, log_prob and o.
 template <class Operands>
 inline void finish_draw(const HardAttentionParams& hp, const ForwardItem& item, const DrawScratch& scratch) {
@@ -170,7 +160,8 @@ inline void finish_draw(const HardAttentionParams& hp, const ForwardItem& item, 
       index = -1;
       log_prob = 0.0f;
     } else if (l != l || scratch.score[r] == -__builtin_inff()) {
-      // A NaN among the scores: no key is better than another, and none may have won.
+      // A NaN among the scores: no key is better than another, and none may have won. Scores do not count here: one of
+      // -inf may come before the NaN.
       index = first_visible_key(p, g, item.b, item.hq, i);
       log_prob = __builtin_nanf("");
     }

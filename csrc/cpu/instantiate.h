@@ -38,10 +38,10 @@ void forward_item(const AttentionParams& p, const ForwardItem& item, void* scrat
   with_operands(p, [&]<class Operands>() { forward_item_as<Operands>(p, item, static_cast<char*>(scratch)); });
 }
 
-size_t backward_scratch_bytes(const AttentionGradParams& gp, int64_t chunk_keys, bool dq_in_scratch) {
+size_t backward_scratch_bytes(const AttentionGradParams& gp, int64_t chunk_keys, bool dq_in_scratch, bool is_hard) {
   return with_operands(gp.forward, [&]<class Operands>() {
     size_t bytes = 0;
-    backward_scratch<Operands>(gp, chunk_keys, dq_in_scratch, nullptr, &bytes);
+    backward_scratch<Operands>(gp, chunk_keys, dq_in_scratch, is_hard, nullptr, &bytes);
     return bytes;
   });
 }

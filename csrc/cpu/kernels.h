@@ -39,7 +39,7 @@ struct KernelTable {
   size_t (*forward_scratch_bytes)(const AttentionParams&);
   void (*forward_item)(const AttentionParams&, const ForwardItem&, void* scratch);
 
-  size_t (*backward_scratch_bytes)(const AttentionGradParams&, int64_t chunk_keys, bool dq_in_scratch);
+  size_t (*backward_scratch_bytes)(const AttentionGradParams&, int64_t chunk_keys, bool dq_in_scratch, bool is_hard);
   void (*backward_task)(const AttentionGradParams&, const BackwardTask&, void* scratch);
   // Sums `chunks` partials of rows [i0, i1) of one (b, hq), `chunk_stride` floats apart, and rounds them into dq.
   void (*reduce_dq)(const AttentionGradParams&, int64_t b, int64_t hq, int64_t i0, int64_t i1, const float* partials,

@@ -31,11 +31,10 @@ void hard_row(const HardAttentionParams& hp, const Row& row, double* scores) {
   const AttentionParams& p = hp.attention;
   row.compute_scores(scores, nullptr);
   double m = kMinusInfinity, best = kMinusInfinity;
-  int64_t index = -1, first_visible = -1;
+  int64_t index = -1;
   for (int64_t j = row.begin; j < row.end; ++j) {
     const double score = scores[j - row.begin];
     if (is_hidden(score)) continue;
-    if (first_visible < 0) first_visible = j;
     if (!(score <= m)) m = score;  // written so that a NaN gets through
     const double candidate = score + gumbel_noise(hp, row, j);
     if (candidate > best) {
@@ -48,7 +47,7 @@ void hard_row(const HardAttentionParams& hp, const Row& row, double* scores) {
     if (!is_hidden(scores[j - row.begin])) l += std::exp(scores[j - row.begin] - m);
   }
   // A NaN among the scores: no key is better than another.
-  if (std::isnan(l)) index = first_visible;
+  if (std::isnan(l)) index = first_visible_key(p, row.geometry, row.b, row.hq, row.i);
 
   hp.index[row.stat()] = index;
   static_cast<double*>(hp.log_prob)[row.stat()] = index < 0 ? 0.0 : (scores[index - row.begin] - m) - std::log(l);

@@ -43,22 +43,31 @@ double entropy_term(const Statistics& s, double score) {
 }
 
 void write_top(const SummaryParams& sp, const Row& row, const double* scores, const Statistics& s) {
-  std::vector<int64_t> keys;
-  for (int64_t j = row.begin; j < row.end; ++j) {
-    const double score = scores[j - row.begin];
-    if (!is_hidden(score) && !std::isnan(score)) keys.push_back(j);
-  }
   const auto comes_first = [&](int64_t a, int64_t b) {
     const double x = scores[a - row.begin], y = scores[b - row.begin];
     return x > y || (x == y && a < b);
   };
-  const int64_t found = min_i64(sp.top_k, static_cast<int64_t>(keys.size()));
-  std::partial_sort(keys.begin(), keys.begin() + found, keys.end(), comes_first);
+  // The first keys so far, in order. Not on the heap: an exception on a worker's thread would end the process.
+  int64_t keys[kMaxTopK];
+  int64_t found = 0;
+  for (int64_t j = row.begin; j < row.end; ++j) {
+    const double score = scores[j - row.begin];
+    if (is_hidden(score) || std::isnan(score)) continue;
+    if (found == sp.top_k) {
+      if (!comes_first(j, keys[found - 1])) continue;
+      --found;
+    }
+    int64_t* const end = keys + found;
+    int64_t* const place = std::upper_bound(keys, end, j, comes_first);
+    std::copy_backward(place, end, end + 1);
+    *place = j;
+    ++found;
+  }
   for (int64_t t = 0; t < sp.top_k; ++t) {
     const int64_t at = row.stat() * sp.top_k + t;
-    const double weight = t < found ? std::exp(scores[keys[static_cast<size_t>(t)] - row.begin] - s.m) : 0.0;
+    const double weight = t < found ? std::exp(scores[keys[t] - row.begin] - s.m) : 0.0;
     if (sp.top_weights) static_cast<double*>(sp.top_weights)[at] = s.sees_nothing() ? 0.0 : weight / s.l;
-    if (sp.top_index) sp.top_index[at] = t < found ? keys[static_cast<size_t>(t)] : -1;
+    if (sp.top_index) sp.top_index[at] = t < found ? keys[t] : -1;
   }
 }
 

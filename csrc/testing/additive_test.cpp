@@ -49,38 +49,39 @@ std::vector<Case> make_cases(int random_cases, unsigned random_seed) {
       {.B = 1, .Hq = 3, .Hkv = 1, .Lq = 70, .Lk = 900, .D = 20, .Dv = 24, .d_lse = true, .w = kFullH},
       {.B = 1, .Hq = 4, .Hkv = 2, .Lq = 600, .Lk = 520, .D = 9, .Dv = 8, .causal = Causal::kBottomRight, .w = 0},
   };
+  Case everything = kEverything;
+  everything.softcap = 0.0;
+  everything.bias = everything.alibi = kNone;
+  everything.bias_hides = everything.sinks = false;
+  everything.w = kFullH;
+  cases.push_back(everything);
   // Every formula, and tiles next to each other that take different ones.
   for (const double magnitude : {1e-3, 0.2, 4.0, 10.0, 60.0, 200.0}) {
     cases.push_back({.Lq = 70, .Lk = 250, .D = 20, .d_lse = true, .w = kFullH, .qk_magnitude = magnitude});
     cases.push_back({.Lq = 3, .Lk = 50, .D = 33, .d_lse = true, .w = 0, .qk_magnitude = magnitude});
   }
   std::mt19937 random(random_seed);
-  const auto pick = [&](auto... options) {
-    const std::common_type_t<decltype(options)...> all[] = {options...};
-    return all[std::uniform_int_distribution<size_t>(0, sizeof...(options) - 1)(random)];
-  };
-  const auto chance = [&](double p) { return std::uniform_real_distribution<double>()(random) < p; };
   for (int n = 0; n < random_cases; ++n) {
     Case c;
-    c.B = pick(1, 1, 2, 3);
-    c.Hkv = pick(1, 1, 2, 3);
-    c.Hq = c.Hkv * pick(1, 1, 2, 4);
-    c.D = pick(1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 40, 64, 65, 100, 128, 255);
-    c.Dv = chance(0.6) ? c.D : pick(1, 5, 8, 16, 31, 64, 100);
+    c.B = pick(random, 1, 1, 2, 3);
+    c.Hkv = pick(random, 1, 1, 2, 3);
+    c.Hq = c.Hkv * pick(random, 1, 1, 2, 4);
+    c.D = pick(random, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 40, 64, 65, 100, 128, 255);
+    c.Dv = chance(random, 0.6) ? c.D : pick(random, 1, 5, 8, 16, 31, 64, 100);
     do {
-      c.Lq = pick(1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 63, 64, 65, 71, 128, 129, 260);
-      c.Lk = pick(1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 63, 64, 65, 127, 129, 205, 260, 515);
+      c.Lq = pick(random, 1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 63, 64, 65, 71, 128, 129, 260);
+      c.Lk = pick(random, 1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 63, 64, 65, 127, 129, 205, 260, 515);
     } while (c.B * c.Hq * c.Lq * c.Lk * (8 * c.D + c.Dv) > 4000000 && (c.Lq > 1 || c.Lk > 1));
-    c.layout = pick(Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
-    c.kv_layout = pick(Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
-    c.causal = pick(Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight);
-    if (chance(0.3)) c.mask = pick(0, 1, 4, 8, 9, 12, 13, 14, 15);
-    c.kv_lengths = chance(0.3);
-    c.d_lse = chance(0.5);
-    if (chance(0.25)) c.dropout_p = pick(0.1, 0.5, 0.9);
-    c.w = pick(0, kFullH);
-    c.qk_magnitude = pick(1e-3, 0.3, 1.0, 1.0, 1.0, 3.0, 30.0, 200.0);
-    c.w_magnitude = pick(0.1, 1.0, 1.0);
+    c.layout = pick(random, Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
+    c.kv_layout = pick(random, Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
+    c.causal = pick(random, Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight);
+    if (chance(random, 0.3)) c.mask = pick(random, 0, 1, 4, 8, 9, 12, 13, 14, 15);
+    c.kv_lengths = chance(random, 0.3);
+    c.d_lse = chance(random, 0.5);
+    if (chance(random, 0.25)) c.dropout_p = pick(random, 0.1, 0.5, 0.9);
+    c.w = pick(random, 0, kFullH);
+    c.qk_magnitude = pick(random, 1e-3, 0.3, 1.0, 1.0, 1.0, 3.0, 30.0, 200.0);
+    c.w_magnitude = pick(random, 0.1, 1.0, 1.0);
     cases.push_back(c);
   }
   return cases;

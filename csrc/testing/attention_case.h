@@ -58,6 +58,7 @@ struct Traits<double> {
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+inline double to_double(double x) { return x; }
 template <class T>
 double to_double(T x) {
   return static_cast<double>(to_float(x));
@@ -158,6 +159,34 @@ struct Case {
   }
 };
 
+// Everything at once. A test takes away what its computation does not have.
+inline constexpr Case kEverything{.Hq = 6,
+                                  .Lq = 75,
+                                  .Lk = 140,
+                                  .D = 24,
+                                  .Dv = 40,
+                                  .layout = Layout::kPadded,
+                                  .kv_layout = Layout::kPadded,
+                                  .causal = Causal::kBottomRight,
+                                  .left = 90,
+                                  .softcap = 5.0,
+                                  .bias = kFull,
+                                  .bias_hides = true,
+                                  .mask = kFull,
+                                  .alibi = kFullB + kFullH,
+                                  .sinks = true,
+                                  .kv_lengths = true,
+                                  .d_lse = true,
+                                  .dropout_p = 0.25};
+
+// What random cases are drawn with.
+template <class... Options>
+auto pick(std::mt19937& random, Options... options) {
+  const std::common_type_t<Options...> all[] = {options...};
+  return all[std::uniform_int_distribution<size_t>(0, sizeof...(options) - 1)(random)];
+}
+inline bool chance(std::mt19937& random, double p) { return std::uniform_real_distribution<double>()(random) < p; }
+
 template <class T>
 struct Inputs {
   Tensor<T> q, k, v, d_o, bias;
@@ -172,7 +201,6 @@ template <class T>
 Inputs<T> make_inputs(const Case& c, std::mt19937& random) {
   Inputs<T> in;
   std::normal_distribution<double> normal;
-  const auto chance = [&](double p) { return std::uniform_real_distribution<double>()(random) < p; };
   const auto fill = [&](auto& tensor, double magnitude = 1.0) {
     tensor.for_each([&](int64_t a, int64_t b, int64_t i, int64_t d) {
       from_double(magnitude * normal(random), &tensor.at(a, b, i, d));
@@ -216,10 +244,10 @@ Inputs<T> make_inputs(const Case& c, std::mt19937& random) {
     for (int64_t b = 0; b < tensor.size[0]; ++b) {
       for (int64_t h = 0; h < tensor.size[1]; ++h) {
         for (int64_t i = 0; i < tensor.size[2]; ++i) {
-          const bool low_row = chance(0.1), empty_row = chance(0.05);
+          const bool low_row = chance(random, 0.1), empty_row = chance(random, 0.05);
           for (int64_t j = 0; j < tensor.size[3]; ++j) {
-            if (low_row || chance(0.1)) from_double(lowest, &tensor.at(b, h, i, j));
-            if (empty_row || chance(0.1)) from_double(-kInfinity, &tensor.at(b, h, i, j));
+            if (low_row || chance(random, 0.1)) from_double(lowest, &tensor.at(b, h, i, j));
+            if (empty_row || chance(random, 0.1)) from_double(-kInfinity, &tensor.at(b, h, i, j));
           }
         }
       }
@@ -246,10 +274,10 @@ Inputs<T> make_inputs(const Case& c, std::mt19937& random) {
       for (int64_t h = 0; h < mask.size[1]; ++h) {
         for (int& kind : kinds) kind = std::uniform_int_distribution<int>(0, 2)(random);
         for (int64_t i = 0; i < mask.size[2]; ++i) {
-          const bool hidden_row = chance(0.05);
+          const bool hidden_row = chance(random, 0.05);
           for (int64_t j = 0; j < mask.size[3]; ++j) {
             const int kind = kinds[static_cast<size_t>(i / 32 * (mask.size[3] / 32 + 1) + j / 32)];
-            const bool kept = !hidden_row && (kind == 1 || (kind == 2 && chance(0.7)));
+            const bool kept = !hidden_row && (kind == 1 || (kind == 2 && chance(random, 0.7)));
             mask.at(b, h, i, j) = kept ? 1 : 0;
           }
         }

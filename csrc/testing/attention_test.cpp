@@ -50,25 +50,7 @@ std::vector<Case> make_cases(int random_cases, unsigned random_seed) {
       {.B = 1, .Lq = 300, .Lk = 515, .D = 65, .Dv = 65, .causal = Causal::kTopLeft, .softcap = 3.0},
       {.B = 1, .Lq = 300, .Lk = 515, .causal = Causal::kBottomRight, .left = 100, .bias = kFullQ},
       {.B = 1, .Lq = 515, .Lk = 300, .causal = Causal::kBottomRight, .mask = kFull, .alibi = kFullH},
-      // Everything at once.
-      {.Hq = 6,
-       .Lq = 75,
-       .Lk = 140,
-       .D = 24,
-       .Dv = 40,
-       .layout = Layout::kPadded,
-       .kv_layout = Layout::kPadded,
-       .causal = Causal::kBottomRight,
-       .left = 90,
-       .softcap = 5.0,
-       .bias = kFull,
-       .bias_hides = true,
-       .mask = kFull,
-       .alibi = kFullB + kFullH,
-       .sinks = true,
-       .kv_lengths = true,
-       .d_lse = true,
-       .dropout_p = 0.25},
+      kEverything,
   };
   // Every shape of a bias and of a mask.
   for (int full = 0; full <= kFull; ++full) {
@@ -77,38 +59,33 @@ std::vector<Case> make_cases(int random_cases, unsigned random_seed) {
   }
 
   std::mt19937 random(random_seed);
-  const auto pick = [&](auto... options) {
-    const std::common_type_t<decltype(options)...> all[] = {options...};
-    return all[std::uniform_int_distribution<size_t>(0, sizeof...(options) - 1)(random)];
-  };
-  const auto chance = [&](double p) { return std::uniform_real_distribution<double>()(random) < p; };
   for (int n = 0; n < random_cases; ++n) {
     Case c;
-    c.B = pick(1, 1, 2, 3);
-    c.Hkv = pick(1, 1, 2, 3);
-    c.Hq = c.Hkv * pick(1, 1, 2, 4, 7);
-    c.D = pick(1, 2, 3, 7, 8, 15, 16, 17, 32, 40, 63, 64, 65, 80, 96, 128, 160, 192, 255);
-    c.Dv = chance(0.6) ? c.D : pick(1, 5, 8, 16, 31, 64, 72, 100, 128);
+    c.B = pick(random, 1, 1, 2, 3);
+    c.Hkv = pick(random, 1, 1, 2, 3);
+    c.Hq = c.Hkv * pick(random, 1, 1, 2, 4, 7);
+    c.D = pick(random, 1, 2, 3, 7, 8, 15, 16, 17, 32, 40, 63, 64, 65, 80, 96, 128, 160, 192, 255);
+    c.Dv = chance(random, 0.6) ? c.D : pick(random, 1, 5, 8, 16, 31, 64, 72, 100, 128);
     do {
-      c.Lq = pick(1, 2, 3, 5, 8, 15, 16, 17, 31, 48, 63, 64, 65, 96, 127, 128, 129, 197, 260);
-      c.Lk = pick(1, 2, 3, 5, 8, 15, 16, 17, 31, 48, 63, 64, 65, 96, 127, 128, 129, 197, 260, 515);
+      c.Lq = pick(random, 1, 2, 3, 5, 8, 15, 16, 17, 31, 48, 63, 64, 65, 96, 127, 128, 129, 197, 260);
+      c.Lk = pick(random, 1, 2, 3, 5, 8, 15, 16, 17, 31, 48, 63, 64, 65, 96, 127, 128, 129, 197, 260, 515);
     } while (c.B * c.Hq * c.Lq * c.Lk * (c.D + c.Dv) > 4000000 && (c.Lq > 1 || c.Lk > 1));
-    c.layout = pick(Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
-    c.kv_layout = pick(Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
-    c.causal = pick(Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight, Causal::kBottomRight);
-    if (chance(0.3)) c.left = pick(0, 1, 16, 40, 70, 130);
-    if (chance(0.2)) c.right = pick(0, 1, 16, 40, 70, 130);
-    if (chance(0.2)) c.scale = pick(0.05, 1.0, -0.5);
-    if (chance(0.25)) c.softcap = pick(1.0, 30.0);
-    if (chance(0.4)) c.bias = pick(0, 1, 2, 4, 8, 9, 10, 12, 13, 14, 15);
-    c.bias_is_float32 = chance(0.5);
-    c.bias_hides = chance(0.5);
-    if (chance(0.3)) c.mask = pick(0, 1, 4, 8, 9, 12, 13, 14, 15);
-    if (chance(0.25)) c.alibi = pick(kFullH, kFullB + kFullH);
-    c.sinks = chance(0.3);
-    c.kv_lengths = chance(0.3);
-    c.d_lse = chance(0.4);
-    if (chance(0.25)) c.dropout_p = pick(0.1, 0.5, 0.9);
+    c.layout = pick(random, Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
+    c.kv_layout = pick(random, Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
+    c.causal = pick(random, Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight, Causal::kBottomRight);
+    if (chance(random, 0.3)) c.left = pick(random, 0, 1, 16, 40, 70, 130);
+    if (chance(random, 0.2)) c.right = pick(random, 0, 1, 16, 40, 70, 130);
+    if (chance(random, 0.2)) c.scale = pick(random, 0.05, 1.0, -0.5);
+    if (chance(random, 0.25)) c.softcap = pick(random, 1.0, 30.0);
+    if (chance(random, 0.4)) c.bias = pick(random, 0, 1, 2, 4, 8, 9, 10, 12, 13, 14, 15);
+    c.bias_is_float32 = chance(random, 0.5);
+    c.bias_hides = chance(random, 0.5);
+    if (chance(random, 0.3)) c.mask = pick(random, 0, 1, 4, 8, 9, 12, 13, 14, 15);
+    if (chance(random, 0.25)) c.alibi = pick(random, kFullH, kFullB + kFullH);
+    c.sinks = chance(random, 0.3);
+    c.kv_lengths = chance(random, 0.3);
+    c.d_lse = chance(random, 0.4);
+    if (chance(random, 0.25)) c.dropout_p = pick(random, 0.1, 0.5, 0.9);
     cases.push_back(c);
   }
   return cases;

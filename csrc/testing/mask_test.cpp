@@ -64,6 +64,22 @@ bool matches(const TileRange& range, const Found& found) {
          found.all_end - found.all_begin == found.all_count;
 }
 
+// Under every boolean mask of row i; visible: the keys that its geometry leaves it.
+void check_first_visible(AttentionParams p, const MaskGeometry& g, const bool (&visible)[kMaxLength], int64_t i) {
+  uint8_t mask[kMaxLength];
+  p.mask = mask;
+  p.mask_stride[3] = 1;
+  for (unsigned kept = 0; kept < 1u << p.Lk; ++kept) {
+    int64_t first = -1;
+    for (int64_t j = p.Lk - 1; j >= 0; --j) {
+      mask[j] = kept >> j & 1;
+      if (visible[j] && mask[j]) first = j;
+    }
+    if (first < 0) continue;
+    CHECK(first_visible_key(p, g, 0, 0, i) == first, "row %d, mask %x: not %d", int(i), kept, int(first));
+  }
+}
+
 void check_shape(const Shape& s) {
   const int32_t kv_length = static_cast<int32_t>(s.kv_length);
   AttentionParams p;
@@ -90,6 +106,7 @@ void check_shape(const Shape& s) {
       CHECK(lo(g, i - 1) <= lo(g, i) && hi(g, i - 1) <= hi(g, i), SHAPE_FORMAT "i=%d", SHAPE_VALUES(s), int(i));
     }
   }
+  for (int64_t i = 0; i < s.Lq; ++i) check_first_visible(p, g, visible[i], i);
   CHECK(visible_pairs(g) == pairs, SHAPE_FORMAT "%d", SHAPE_VALUES(s), int(pairs));
 
   for (int64_t i0 = 0; i0 < s.Lq; ++i0) {

@@ -12,37 +12,14 @@
 
 namespace {
 
+using namespace fastattn::testing;
 using fastattn::AttentionParams;
 using fastattn::Causal;
 using fastattn::kMaxTopK;
 using fastattn::SummaryParams;
-using fastattn::cpu::Parallel;
 using fastattn::cpu::serial;
 using fastattn::cpu::plain::is_hidden;
 using fastattn::cpu::plain::Row;
-using fastattn::testing::Accumulator;
-using fastattn::testing::BFloat16;
-using fastattn::testing::Case;
-using fastattn::testing::compare;
-using fastattn::testing::Float16;
-using fastattn::testing::from_double;
-using fastattn::testing::Inputs;
-using fastattn::testing::kFull;
-using fastattn::testing::kFullB;
-using fastattn::testing::kFullH;
-using fastattn::testing::kFullK;
-using fastattn::testing::kFullQ;
-using fastattn::testing::kInfinity;
-using fastattn::testing::kNaN;
-using fastattn::testing::Layout;
-using fastattn::testing::make_inputs;
-using fastattn::testing::make_params;
-using fastattn::testing::on_every_isa;
-using fastattn::testing::same_bits;
-using fastattn::testing::Tensor;
-using fastattn::testing::threads;
-using fastattn::testing::to_float64;
-using fastattn::testing::Traits;
 
 // What is asked of a summary, beside the case.
 struct Wanted {
@@ -270,59 +247,42 @@ std::vector<WantedCase> make_cases(int random_cases, unsigned random_seed) {
       {{.scale = -3.0, .softcap = 2.0}, {.top_k = 6}},
       {{.scale = 20.0}, {.top_k = 6}},
       {{.scale = 1e-6}, {.top_k = 6}},
-      {{.Hq = 6,
-        .Lq = 75,
-        .Lk = 140,
-        .D = 24,
-        .layout = Layout::kPadded,
-        .kv_layout = Layout::kPadded,
-        .causal = Causal::kBottomRight,
-        .left = 90,
-        .softcap = 5.0,
-        .bias = kFull,
-        .bias_hides = true,
-        .mask = kFull,
-        .alibi = kFullB + kFullH,
-        .sinks = true,
-        .kv_lengths = true},
-       {.top_k = 8, .rows = Wanted::kOwn}},
   };
+  Case everything = kEverything;
+  everything.d_lse = false;
+  everything.dropout_p = 0.0;
+  cases.push_back({everything, {.top_k = 8, .rows = Wanted::kOwn}});
   std::mt19937 random(random_seed);
-  const auto pick = [&](auto... options) {
-    const std::common_type_t<decltype(options)...> all[] = {options...};
-    return all[std::uniform_int_distribution<size_t>(0, sizeof...(options) - 1)(random)];
-  };
-  const auto chance = [&](double p) { return std::uniform_real_distribution<double>()(random) < p; };
   for (int n = 0; n < random_cases; ++n) {
     Case c;
-    c.B = pick(1, 1, 2);
-    c.Hkv = pick(1, 1, 2, 3);
-    c.Hq = c.Hkv * pick(1, 1, 2, 4);
-    c.D = pick(1, 2, 3, 7, 8, 16, 17, 33, 64, 65, 128);
+    c.B = pick(random, 1, 1, 2);
+    c.Hkv = pick(random, 1, 1, 2, 3);
+    c.Hq = c.Hkv * pick(random, 1, 1, 2, 4);
+    c.D = pick(random, 1, 2, 3, 7, 8, 16, 17, 33, 64, 65, 128);
     c.Dv = 1;
     do {
-      c.Lq = pick(1, 2, 5, 15, 16, 17, 31, 63, 64, 65, 127, 129, 197);
-      c.Lk = pick(1, 2, 3, 5, 15, 16, 17, 31, 63, 64, 65, 127, 129, 205, 515);
+      c.Lq = pick(random, 1, 2, 5, 15, 16, 17, 31, 63, 64, 65, 127, 129, 197);
+      c.Lk = pick(random, 1, 2, 3, 5, 15, 16, 17, 31, 63, 64, 65, 127, 129, 205, 515);
     } while (c.B * c.Hq * c.Lq * c.Lk * c.D > 2000000 && (c.Lq > 1 || c.Lk > 1));
-    c.layout = pick(Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
-    c.kv_layout = pick(Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
-    c.causal = pick(Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight);
-    if (chance(0.3)) c.left = pick(0, 1, 16, 40, 70, 130);
-    if (chance(0.2)) c.right = pick(0, 1, 16, 40, 70, 130);
-    if (chance(0.2)) c.scale = pick(0.05, 1.0, -0.5);
-    if (chance(0.25)) c.softcap = pick(1.0, 30.0);
-    if (chance(0.4)) c.bias = pick(0, 1, 2, 4, 8, 9, 10, 12, 13, 14, 15);
-    c.bias_is_float32 = chance(0.5);
-    c.bias_hides = chance(0.5);
-    if (chance(0.3)) c.mask = pick(0, 1, 4, 8, 9, 12, 13, 14, 15);
-    if (chance(0.25)) c.alibi = pick(kFullH, kFullB + kFullH);
-    c.sinks = chance(0.3);
-    c.kv_lengths = chance(0.3);
+    c.layout = pick(random, Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
+    c.kv_layout = pick(random, Layout::kContiguous, Layout::kHeadsInRows, Layout::kPadded, Layout::kBroadcast);
+    c.causal = pick(random, Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight);
+    if (chance(random, 0.3)) c.left = pick(random, 0, 1, 16, 40, 70, 130);
+    if (chance(random, 0.2)) c.right = pick(random, 0, 1, 16, 40, 70, 130);
+    if (chance(random, 0.2)) c.scale = pick(random, 0.05, 1.0, -0.5);
+    if (chance(random, 0.25)) c.softcap = pick(random, 1.0, 30.0);
+    if (chance(random, 0.4)) c.bias = pick(random, 0, 1, 2, 4, 8, 9, 10, 12, 13, 14, 15);
+    c.bias_is_float32 = chance(random, 0.5);
+    c.bias_hides = chance(random, 0.5);
+    if (chance(random, 0.3)) c.mask = pick(random, 0, 1, 4, 8, 9, 12, 13, 14, 15);
+    if (chance(random, 0.25)) c.alibi = pick(random, kFullH, kFullB + kFullH);
+    c.sinks = chance(random, 0.3);
+    c.kv_lengths = chance(random, 0.3);
     Wanted wanted;
-    wanted.top_k = pick(0, 1, 2, 5, 8, 30);
-    wanted.mass = chance(0.8);
-    wanted.rows = pick(Wanted::kAll, Wanted::kSharedByHeads, Wanted::kOwn);
-    wanted.statistics = chance(0.5);
+    wanted.top_k = pick(random, 0, 1, 2, 5, 8, 30);
+    wanted.mass = chance(random, 0.8);
+    wanted.rows = pick(random, Wanted::kAll, Wanted::kSharedByHeads, Wanted::kOwn);
+    wanted.statistics = chance(random, 0.5);
     cases.push_back({c, wanted});
   }
   return cases;
@@ -359,15 +319,17 @@ void check_orders() {
     Inputs<float> in = make_inputs<float>(c, random);
     for (int64_t j = 0; j < c.Lk; ++j) in.k.at(0, 0, j, 0) = static_cast<float>(grows ? j : c.Lk - j);
     for (int64_t i = 0; i < c.Lq; ++i) in.q.at(0, 0, i, 0) = 1.0f;
-    on_every_isa([&](const char* isa) {
-      const int64_t top_k = 11;
-      const Summary<float> got = summarise(c, in, {.top_k = top_k}, {}, serial());
+    Inputs<double> wide = to_float64(c, in);
+    const int64_t top_k = 11;
+    const auto check = [&](const std::vector<int64_t>& top_index, const char* label) {
       for (int64_t n = 0; n < c.Lq * top_k; ++n) {
         const int64_t t = n % top_k, expected = grows ? c.Lk - 1 - t : t;
-        CHECK(got.top_index[static_cast<size_t>(n)] == expected, "%s: key %d, not %d", isa,
-              int(got.top_index[static_cast<size_t>(n)]), int(expected));
+        CHECK(top_index[static_cast<size_t>(n)] == expected, "%s: key %d, not %d", label,
+              int(top_index[static_cast<size_t>(n)]), int(expected));
       }
-    });
+    };
+    check(summarise(c, wide, {.top_k = top_k}, {}, serial()).top_index, "float64");
+    on_every_isa([&](const char* isa) { check(summarise(c, in, {.top_k = top_k}, {}, serial()).top_index, isa); });
   }
 }
 
@@ -421,7 +383,7 @@ void check_not_finite() {
 int main(int argc, char** argv) {
   const int random_cases = argc > 1 ? std::atoi(argv[1]) : 80;
   unsigned seed = argc > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 777u;
-  fastattn::testing::print_isas();
+  print_isas();
   for (const WantedCase& wc : make_cases(random_cases, seed)) {
     check_summary_of<float>(wc.c, wc.wanted, ++seed);
     check_summary_of<BFloat16>(wc.c, wc.wanted, seed);
@@ -433,5 +395,5 @@ int main(int argc, char** argv) {
   check_orders();
   check_not_finite<float>();
   check_not_finite<BFloat16>();
-  return fastattn::testing::report("summary_test");
+  return report("summary_test");
 }

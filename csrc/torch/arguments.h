@@ -11,25 +11,37 @@ namespace fastattn {
 
 using torch::stable::Tensor;
 
+// What messages say of one operator and not of the others.
+struct OperatorTexts {
+  const char* ranks;       // the numbers of dimensions that it takes
+  const char* keys;        // who has the length of the keys
+  const char* wide_heads;  // what else there is to call for head dimensions beyond the CUDA kernels'
+  const char* many_keys;   // what to do with more keys than they take
+};
+
+inline const std::optional<Tensor> kNoTensor;
+
 // Shapes: see core/params.h; bias and mask may lack leading dimensions, which then count as 1. alibi_slopes and sinks
-// are of the accumulator type, rng_state is (seed, offset). w asks for additive scores.
+// are of the accumulator type, rng_state is (seed, offset). w asks for additive scores. References, so that whatever is
+// put in has to outlive the arguments: an operator's parameters do, a temporary does not.
 struct AttentionArguments {
+  const OperatorTexts& texts;
   const Tensor& q;
   const Tensor& k;
   const Tensor& v;
-  const std::optional<Tensor>& bias;
-  const std::optional<Tensor>& mask;
-  const std::optional<Tensor>& alibi_slopes;
-  const std::optional<Tensor>& sinks;
-  const std::optional<Tensor>& kv_lengths;
-  const std::optional<Tensor>& rng_state;
-  const std::optional<Tensor>& w;
-  int64_t causal;
-  int64_t window_left;
-  int64_t window_right;
-  std::optional<double> scale;
-  double softcap;
-  double dropout_p;
+  const std::optional<Tensor>& bias = kNoTensor;
+  const std::optional<Tensor>& mask = kNoTensor;
+  const std::optional<Tensor>& alibi_slopes = kNoTensor;
+  const std::optional<Tensor>& sinks = kNoTensor;
+  const std::optional<Tensor>& kv_lengths = kNoTensor;
+  const std::optional<Tensor>& rng_state = kNoTensor;
+  const Tensor* w = nullptr;  // no std::optional: the operators that have it at all require it
+  int64_t causal = 0;
+  int64_t window_left = kUnlimited;
+  int64_t window_right = kUnlimited;
+  std::optional<double> scale = std::nullopt;  // 1/sqrt(D)
+  double softcap = 0.0;
+  double dropout_p = 0.0;
 };
 
 // What the backward pass takes on top.

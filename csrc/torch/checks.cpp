@@ -11,10 +11,10 @@
 namespace fastattn {
 namespace {
 
-void check_rank(const char* name, const Tensor& tensor) {
+void check_rank(const char* name, const Tensor& tensor, const OperatorTexts& texts) {
   if (tensor.dim() != 4) {
-    value_error(name, " has ", tensor.dim(), " dimensions, shape ", shape_text(tensor),
-                "; attention takes four, (B, H, L, D): add or merge dimensions with unsqueeze or flatten.");
+    value_error(name, " has ", tensor.dim(), " dimensions, shape ", shape_text(tensor), "; ", texts.ranks,
+                ": add or merge dimensions with unsqueeze or flatten.");
   }
 }
 
@@ -53,9 +53,9 @@ void check_accumulator_dtype(const char* name, const Tensor& tensor, DType dtype
 }
 
 void check_shapes(const AttentionArguments& a, AttentionParams* p) {
-  check_rank("q", a.q);
-  check_rank("k", a.k);
-  check_rank("v", a.v);
+  check_rank("q", a.q, a.texts);
+  check_rank("k", a.k, a.texts);
+  check_rank("v", a.v, a.texts);
   const IntHeaderOnlyArrayRef q = a.q.sizes(), k = a.k.sizes(), v = a.v.sizes();
   p->B = q[0], p->Hq = q[1], p->Lq = q[2], p->D = q[3];
   p->Hkv = k[1], p->Lk = k[2], p->Dv = v[3];
@@ -107,7 +107,7 @@ void check_sizes_fit(const AttentionParams& p) {
 }
 
 // What the CPU takes and the CUDA kernels do not.
-void check_limits_of_cuda(const AttentionParams& p) {
+void check_limits_of_cuda(const AttentionParams& p, const OperatorTexts& texts) {
   if (p.dtype == DType::kFloat64) {
     type_error(
         "q is torch.float64, which the CUDA kernels do not take; they take torch.float32, torch.bfloat16 and "
@@ -117,14 +117,15 @@ void check_limits_of_cuda(const AttentionParams& p) {
   for (const auto& [names, dim] : {std::pair{"q and k have", p.D}, {"v has", p.Dv}}) {
     if (dim > cuda::kMaxHeadDim) {
       value_error(names, " head dimension ", dim, "; the CUDA kernels take at most ", cuda::kMaxHeadDim,
-                  ": move the tensors to the CPU with q.cpu(), where there is no limit, or call "
-                  "torch.nn.functional.scaled_dot_product_attention.");
+                  ": move the tensors to the CPU with q.cpu(), where there is no limit, or call ", texts.wide_heads,
+                  ".");
     }
   }
-  for (const auto& [names, length] : {std::pair{"q has", p.Lq}, {"k and v have", p.Lk}}) {
+  for (const auto& [names, length, remedy] :
+       {std::tuple{"q has", p.Lq, "cut q into parts and concatenate their results"},
+        {texts.keys, p.Lk, texts.many_keys}}) {
     if (length > cuda::kMaxLength) {
-      value_error(names, " length ", length, "; the CUDA kernels take at most ", cuda::kMaxLength,
-                  ": cut the sequence into parts and combine them with merge_attention_states.");
+      value_error(names, " length ", length, "; the CUDA kernels take at most ", cuda::kMaxLength, ": ", remedy, ".");
     }
   }
 }
@@ -222,9 +223,12 @@ void check_w(const Tensor& w, const AttentionParams& p) {
 }
 
 void check_rng_state(const Tensor& state) {
-  if (dtype_code(state) != aoti_torch_dtype_int64() || state.dim() != 1 || state.size(0) != 2) {
-    value_error("rng_state is ", dtype_name(dtype_code(state)), " of shape ", shape_text(state),
-                "; it must be an int64 tensor (seed, offset).");
+  if (state.dim() != 1 || state.size(0) != 2) {
+    value_error("rng_state has shape ", shape_text(state), "; it must be (2,), the numbers (seed, offset).");
+  }
+  if (dtype_code(state) != aoti_torch_dtype_int64()) {
+    type_error("rng_state is ", dtype_name(dtype_code(state)),
+               "; it must be torch.int64: convert with rng_state.to(torch.int64).");
   }
 }
 
@@ -263,7 +267,7 @@ void check_numbers(const AttentionArguments& a, AttentionParams* p) {
   p->dropout_p = a.dropout_p;
 }
 
-void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, DType dtype) {
+void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, int32_t dtype) {
   bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
   for (const int64_t size : sizes) equal = equal && tensor.size(i++) == size;
@@ -274,10 +278,14 @@ void check_rows(const char* name, const Tensor& tensor, std::initializer_list<in
     value_error(name, " has shape ", shape_text(tensor), "; it must be (", wanted.str(),
                 "), as the forward pass gave.");
   }
-  if (!has_dtype(tensor, dtype)) {
-    type_error(name, " is ", dtype_name(dtype_code(tensor)), "; it must be ", dtype_name(dtype_code(dtype)),
+  if (dtype_code(tensor) != dtype) {
+    type_error(name, " is ", dtype_name(dtype_code(tensor)), "; it must be ", dtype_name(dtype),
                ", as the forward pass gave.");
   }
+}
+
+void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, DType dtype) {
+  check_rows(name, tensor, sizes, dtype_code(dtype));
 }
 
 }  // namespace
@@ -289,19 +297,19 @@ AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
                                                                          {"alibi_slopes", &a.alibi_slopes},
                                                                          {"sinks", &a.sinks},
                                                                          {"kv_lengths", &a.kv_lengths},
-                                                                         {"rng_state", &a.rng_state},
-                                                                         {"w", &a.w}};
+                                                                         {"rng_state", &a.rng_state}};
   check_device("k", a.k, a.q);
   check_device("v", a.v, a.q);
   for (const auto& [name, tensor] : others) {
     if (*tensor) check_device(name, **tensor, a.q);
   }
+  if (a.w) check_device("w", *a.w, a.q);
   p.dtype = check_query_dtype(a.q);
   check_same_dtype("k", a.k, p.dtype);
   check_same_dtype("v", a.v, p.dtype);
   check_shapes(a, &p);
   check_sizes_fit(p);
-  if (for_cuda) check_limits_of_cuda(p);
+  if (for_cuda) check_limits_of_cuda(p, a.texts);
   if (a.bias) check_bias(*a.bias, &p);
   if (a.mask) check_mask(*a.mask, p);
   if (a.alibi_slopes) check_alibi_slopes(*a.alibi_slopes, p);
@@ -328,14 +336,7 @@ void check_stats(const Tensor& stats, const Tensor& q, const AttentionParams& p)
 
 void check_index(const Tensor& index, const Tensor& q, const AttentionParams& p) {
   check_device("index", index, q);
-  bool has_shape = index.dim() == 3;
-  const int64_t sizes[3] = {p.B, p.Hq, p.Lq};
-  for (int64_t i = 0; has_shape && i < 3; ++i) has_shape = index.size(i) == sizes[i];
-  if (!has_shape || dtype_code(index) != aoti_torch_dtype_int64()) {
-    value_error("index is ", dtype_name(dtype_code(index)), " of shape ", shape_text(index),
-                "; it must be torch.int64 of shape (B, Hq, Lq) = (", p.B, ", ", p.Hq, ", ", p.Lq,
-                "), as the forward pass gave.");
-  }
+  check_rows("index", index, {p.B, p.Hq, p.Lq}, aoti_torch_dtype_int64());
   // The kernels for CUDA compare indices and never follow them.
   if (!index.is_cpu()) return;
   const Tensor dense = as_contiguous(index);

@@ -11,11 +11,31 @@
 namespace {
 
 using fastattn::AttentionArguments;
-using fastattn::kUnlimited;
+using fastattn::kNoTensor;
+using fastattn::OperatorTexts;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const OptionalTensor kNone;
+constexpr const char* kOneRank = "attention takes four, (B, H, L, D)";
+constexpr const char* kMergeParts = "cut k and v into parts and combine their results with merge_attention_states";
+constexpr const char* kUseCpu = "move the tensors to the CPU with q.cpu(), where there is no limit";
+
+constexpr OperatorTexts kAttention{.ranks = kOneRank,
+                                   .keys = "k and v have",
+                                   .wide_heads = "torch.nn.functional.scaled_dot_product_attention",
+                                   .many_keys = kMergeParts};
+constexpr OperatorTexts kAdditive{
+    .ranks = "additive_attention takes four, (B, H, L, D), or for one head three, (B, L, D), in all of q, k and v",
+    .keys = "k and v have",
+    .wide_heads = "fastattn.reference.additive_attention",
+    .many_keys = kMergeParts};
+// A choice out of each part has no merge, nor has a summary.
+constexpr OperatorTexts kHard{.ranks = kOneRank,
+                              .keys = "k and v have",
+                              .wide_heads = "fastattn.reference.log_probabilities, hard_choice and hard_attention",
+                              .many_keys = kUseCpu};
+constexpr OperatorTexts kSummary{
+    .ranks = kOneRank, .keys = "k has", .wide_heads = "fastattn.reference.attention_summary", .many_keys = kUseCpu};
 
 // The argument lists below repeat the schemas', which TORCH_BOX matches by position.
 std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -25,9 +45,22 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
                                                      int64_t causal, int64_t window_left, int64_t window_right,
                                                      std::optional<double> scale, double softcap, double dropout_p,
                                                      bool save_stats) {
-  const AttentionArguments arguments{q,          k,         v,     bias,   mask,        alibi_slopes, sinks,
-                                     kv_lengths, rng_state, kNone, causal, window_left, window_right, scale,
-                                     softcap,    dropout_p};
+  const AttentionArguments arguments{.texts = kAttention,
+                                     .q = q,
+                                     .k = k,
+                                     .v = v,
+                                     .bias = bias,
+                                     .mask = mask,
+                                     .alibi_slopes = alibi_slopes,
+                                     .sinks = sinks,
+                                     .kv_lengths = kv_lengths,
+                                     .rng_state = rng_state,
+                                     .causal = causal,
+                                     .window_left = window_left,
+                                     .window_right = window_right,
+                                     .scale = scale,
+                                     .softcap = softcap,
+                                     .dropout_p = dropout_p};
   return fastattn::attention_forward(arguments, save_stats);
 }
 
@@ -37,9 +70,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& sinks, const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
     int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap, double dropout_p,
     bool need_d_bias, bool need_d_sinks) {
-  const AttentionArguments arguments{q,          k,         v,     bias,   mask,        alibi_slopes, sinks,
-                                     kv_lengths, rng_state, kNone, causal, window_left, window_right, scale,
-                                     softcap,    dropout_p};
+  const AttentionArguments arguments{.texts = kAttention,
+                                     .q = q,
+                                     .k = k,
+                                     .v = v,
+                                     .bias = bias,
+                                     .mask = mask,
+                                     .alibi_slopes = alibi_slopes,
+                                     .sinks = sinks,
+                                     .kv_lengths = kv_lengths,
+                                     .rng_state = rng_state,
+                                     .causal = causal,
+                                     .window_left = window_left,
+                                     .window_right = window_right,
+                                     .scale = scale,
+                                     .softcap = softcap,
+                                     .dropout_p = dropout_p};
   const fastattn::AttentionGradients grads =
       fastattn::attention_backward({arguments, d_o, d_lse, o, stats, need_d_bias, need_d_sinks});
   return {grads.dq, grads.dk, grads.dv, grads.d_bias, grads.d_sinks};
@@ -50,25 +96,46 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
                      const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
                      int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap,
                      double dropout_p, std::string device) {
-  fastattn::check_attention({q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, kNone, causal,
-                             window_left, window_right, scale, softcap, dropout_p},
-                            device == "cuda");
+  const AttentionArguments arguments{.texts = kAttention,
+                                     .q = q,
+                                     .k = k,
+                                     .v = v,
+                                     .bias = bias,
+                                     .mask = mask,
+                                     .alibi_slopes = alibi_slopes,
+                                     .sinks = sinks,
+                                     .kv_lengths = kv_lengths,
+                                     .rng_state = rng_state,
+                                     .causal = causal,
+                                     .window_left = window_left,
+                                     .window_right = window_right,
+                                     .scale = scale,
+                                     .softcap = softcap,
+                                     .dropout_p = dropout_p};
+  fastattn::check_attention(arguments, device == "cuda");
 }
 
-// The arguments hold references: what is passed as w has to outlive them.
-AttentionArguments additive_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& w,
+AttentionArguments additive_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w,
                                       const OptionalTensor& mask, const OptionalTensor& kv_lengths,
                                       const OptionalTensor& rng_state, int64_t causal, double dropout_p) {
-  return {q,         k, v,      kNone,      mask,       kNone, kNone, kv_lengths,
-          rng_state, w, causal, kUnlimited, kUnlimited, 1.0,   0.0,   dropout_p};
+  return {.texts = kAdditive,
+          .q = q,
+          .k = k,
+          .v = v,
+          .mask = mask,
+          .kv_lengths = kv_lengths,
+          .rng_state = rng_state,
+          .w = &w,
+          .causal = causal,
+          .scale = 1.0,
+          .dropout_p = dropout_p};
 }
 
 std::tuple<Tensor, Tensor, Tensor> additive_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w,
                                                     const OptionalTensor& mask, const OptionalTensor& kv_lengths,
                                                     const OptionalTensor& rng_state, int64_t causal, double dropout_p,
                                                     bool save_stats) {
-  const OptionalTensor given = w;
-  return fastattn::attention_forward(additive_arguments(q, k, v, given, mask, kv_lengths, rng_state, causal, dropout_p),
+  return fastattn::attention_forward(additive_arguments(q, k, v, w, mask, kv_lengths, rng_state, causal, dropout_p),
                                      save_stats);
 }
 
@@ -76,9 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_backward(
     const Tensor& d_o, const OptionalTensor& d_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w,
     const Tensor& o, const Tensor& stats, const OptionalTensor& mask, const OptionalTensor& kv_lengths,
     const OptionalTensor& rng_state, int64_t causal, double dropout_p) {
-  const OptionalTensor given = w;
-  const AttentionArguments arguments =
-      additive_arguments(q, k, v, given, mask, kv_lengths, rng_state, causal, dropout_p);
+  const AttentionArguments arguments = additive_arguments(q, k, v, w, mask, kv_lengths, rng_state, causal, dropout_p);
   const fastattn::AttentionGradients grads =
       fastattn::attention_backward({arguments, d_o, d_lse, o, stats, false, false});
   return {grads.dq, grads.dk, grads.dv, grads.dw};
@@ -87,16 +152,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_backward(
 void check_additive(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w, const OptionalTensor& mask,
                     const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal, double dropout_p,
                     std::string device) {
-  const OptionalTensor given = w;
-  fastattn::check_attention(additive_arguments(q, k, v, given, mask, kv_lengths, rng_state, causal, dropout_p),
+  fastattn::check_attention(additive_arguments(q, k, v, w, mask, kv_lengths, rng_state, causal, dropout_p),
                             device == "cuda");
 }
 
 AttentionArguments hard_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                                   const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
                                   int64_t window_left, int64_t window_right, std::optional<double> scale) {
-  return {q,         k,     v,      kNone,       mask,         kNone, kNone, kv_lengths,
-          rng_state, kNone, causal, window_left, window_right, scale, 0.0,   0.0};
+  return {.texts = kHard,
+          .q = q,
+          .k = k,
+          .v = v,
+          .mask = mask,
+          .kv_lengths = kv_lengths,
+          .rng_state = rng_state,
+          .causal = causal,
+          .window_left = window_left,
+          .window_right = window_right,
+          .scale = scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> hard_forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -114,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> hard_backward(const OptionalTensor& d_o, cons
                                                  const OptionalTensor& kv_lengths, int64_t causal, int64_t window_left,
                                                  int64_t window_right, std::optional<double> scale) {
   return fastattn::hard_attention_backward(
-      {hard_arguments(q, k, v, mask, kv_lengths, kNone, causal, window_left, window_right, scale), d_o, d_log_prob,
+      {hard_arguments(q, k, v, mask, kv_lengths, kNoTensor, causal, window_left, window_right, scale), d_o, d_log_prob,
        index, stats});
 }
 
@@ -130,8 +203,20 @@ AttentionArguments summary_arguments(const Tensor& q, const Tensor& k, const Opt
                                      const OptionalTensor& sinks, const OptionalTensor& kv_lengths, int64_t causal,
                                      int64_t window_left, int64_t window_right, std::optional<double> scale,
                                      double softcap) {
-  return {q,     k,     k,      bias,        mask,         alibi_slopes, sinks,   kv_lengths,
-          kNone, kNone, causal, window_left, window_right, scale,        softcap, 0.0};
+  return {.texts = kSummary,
+          .q = q,
+          .k = k,
+          .v = k,
+          .bias = bias,
+          .mask = mask,
+          .alibi_slopes = alibi_slopes,
+          .sinks = sinks,
+          .kv_lengths = kv_lengths,
+          .causal = causal,
+          .window_left = window_left,
+          .window_right = window_right,
+          .scale = scale,
+          .softcap = softcap};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> summary(
