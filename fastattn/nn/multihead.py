@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import _errors, _ops, reference
-from fastattn._attention import attention
+from fastattn._attention import attend, attention
 from fastattn.nn.checks import check_dropout, check_features, check_heads, check_like_module, check_sizes
 from fastattn.nn.weights import dot_weights
 
@@ -340,7 +340,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         rng_state = _ops.draw_rng_state(q.device) if 0.0 < dropout_p <= 1.0 else None
         tensors = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "kv_lengths": kv_lengths}
         try:
-            o, _ = _ops.attention(
+            o, _ = attend(
                 q, k, v, bias, mask, None, None, kv_lengths, 0, -1, -1, None, 0.0, dropout_p, rng_state=rng_state
             )
         except Exception as error:
