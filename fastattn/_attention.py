@@ -370,7 +370,7 @@ def attention(
             dropout_p,
         )
     except Exception as error:
-        clean = _errors.explain(
+        _errors.raise_explained(
             error,
             {
                 "q": q,
@@ -384,7 +384,4 @@ def attention(
             },
             {"scale": scale, "softcap": softcap, "dropout_p": dropout_p},
         )
-        if clean is error:
-            raise
-        raise clean from None
     return (o, lse) if return_lse else o

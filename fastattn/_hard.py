@@ -227,14 +227,11 @@ def hard_attention(
         else:
             output, index, log_prob = _operator((q, k, v, mask, kv_lengths, rng_state), settings)
     except Exception as error:
-        clean = _errors.explain(
+        _errors.raise_explained(
             error,
             {"q": q, "k": k, "v": v, "mask": mask, "kv_lengths": kv_lengths},
             {"temperature": temperature, "scale": scale},
         )
-        if clean is error:
-            raise
-        raise clean from None
     return HardAttentionOutput(output, index, log_prob)
 
 

@@ -91,7 +91,7 @@ def check_fake(function: str, tensors: Tensors, settings: tuple[Any, ...]) -> No
         with _disable_current_modes():
             getattr(torch.ops.fastattn, f"_check_{function}")(*stand_ins.values(), *settings, q.device.type)
     except Exception as error:
-        raise _errors.explain(error, stand_ins, {}) from None
+        _errors.raise_explained(error, stand_ins, {})
 
 
 @torch.library.register_fake("fastattn::dropout_mask")

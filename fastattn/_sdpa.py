@@ -144,10 +144,7 @@ def scaled_dot_product_attention(
         )
         return o
     except Exception as error:
-        clean = _explained(error, query, key, value, attn_mask, dropout_p, scale)
-        if clean is error:
-            raise
-        raise clean from None
+        _errors.raise_instead(error, _explained(error, query, key, value, attn_mask, dropout_p, scale))
 
 
 # What the operator's messages call the arguments, and what SDPA's callers do.

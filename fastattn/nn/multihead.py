@@ -344,10 +344,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 q, k, v, bias, mask, None, None, kv_lengths, 0, -1, -1, None, 0.0, dropout_p, rng_state=rng_state
             )
         except Exception as error:
-            clean = _errors.explain(error, tensors, {"dropout_p": dropout_p})
-            if clean is error:
-                raise
-            raise clean from None
+            _errors.raise_explained(error, tensors, {"dropout_p": dropout_p})
         p = dot_weights(q, k, bias=bias, mask=mask, kv_lengths=kv_lengths)
         if rng_state is not None:
             keep = torch.ops.fastattn.dropout_mask(rng_state, *p.shape, dropout_p)
