@@ -552,6 +552,32 @@ def test_jit_trace_works_and_jit_script_is_refused() -> None:
             torch.jit.script(module)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # about the checks of shapes
+def test_jit_trace_is_for_inference() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = MultiheadAttention(E, H, dropout=0.5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attend(x, x, x, need_weights=False)[0]
+
+    model, x, other = Model(), torch.randn(2, 5, E), torch.randn(3, 9, E)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (x,), check_trace=False)  # which would call it twice and compare
+    outputs = []
+    for module in (traced, model):
+        torch.manual_seed(0)
+        outputs.append(module(other))
+    torch.testing.assert_close(*outputs)
+    assert not torch.equal(traced(other), outputs[0])
+    with pytest.raises(ValueError, match="fastattn: stats is empty"):
+        outputs[0].sum().backward()
+    with pytest.raises(torch.jit.TracingCheckError):
+        torch.jit.trace(model.eval(), (x,))
+
+
 # --- Nested tensors --------------------------------------------------------------------------------------------------
 
 

@@ -61,8 +61,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       the very dropout that the output had.
     - A bool attn_mask goes together with a float key_padding_mask, and the other way round, without a warning.
     - Nested tensors of the strided layout are served in training and with gradients too.
-    - What it refuses, it refuses with a ValueError or TypeError; PyTorch raises AssertionError or RuntimeError. It
-      cannot be compiled by torch.jit.script; torch.compile and torch.export can.
+    - What it refuses, it refuses with a ValueError or TypeError; PyTorch raises AssertionError or RuntimeError.
+    - torch.compile and torch.export take it, torch.jit.script does not. torch.jit.trace records it for inference: trace
+      it under ``torch.no_grad()``, and the result takes inputs of any size (weights after dropout: those of the size
+      traced), draws dropout anew and has no gradients.
 
     In eval mode torch.nn.TransformerEncoderLayer has a path that passes its attention module by. A hook in every
     instance, which does nothing, keeps it from that.
