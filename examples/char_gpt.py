@@ -166,8 +166,8 @@ def train(model: CharacterModel, text: Text, steps: int) -> list[float]:
 def write_plot(options: Any, result: dict[str, Any], model: CharacterModel, text: Text) -> None:
     figure = common.new_figure(12, 8.6)
     figure.suptitle("A causal transformer learns to write like Python's documentation", fontsize=13)
-    curves, attention, sample = figure.subplot_mosaic(
-        [["curves", "attention"], ["sample", "sample"]], width_ratios=(1, 1.15), height_ratios=(1.7, 1)
+    curves, attention, sample, heads = figure.subplot_mosaic(
+        [["curves", "attention"], ["sample", "heads"]], width_ratios=(1, 1), height_ratios=(1.7, 1)
     ).values()
 
     curves.plot(result["losses"], color=common.BLUE, linewidth=1, label="training")
@@ -188,10 +188,19 @@ def write_plot(options: Any, result: dict[str, Any], model: CharacterModel, text
     fastattn.plot_attention(weights[layer, head], letters, letters, attention)
     attention.set_title(f"Layer {layer}, head {head}: each character (a row) looks back", loc="left")
 
+    for n, of_layer in enumerate(reach.tolist()):
+        bars = heads.bar([n + (h - (HEADS - 1) / 2) * 0.2 for h in range(HEADS)], of_layer, 0.16, color=common.BLUE)
+        if n == layer:
+            bars[head].set_color(common.ORANGE)
+    heads.set_xticks(range(DEPTH), [f"layer {n}" for n in range(DEPTH)])
+    heads.set(ylabel="characters")
+    heads.set_title("How far each head looks back in that text, on average", loc="left")
+    heads.spines[["top", "right"]].set_visible(False)
+
     sample.set_axis_off()
     sample.set_title("What it writes", loc="left")
     written = "\n".join(result["sample"].splitlines()[:14])
-    sample.text(0.01, 0.97, written, va="top", family="monospace", fontsize=9.5, parse_math=False)
+    sample.text(0.01, 0.97, written, va="top", family="monospace", fontsize=8.5, parse_math=False)
     common.save_figure(figure, options.plot)
 
 

@@ -232,7 +232,7 @@ def evaluate(heard: Tensor, weights: Tensor, test: Batch) -> dict[str, float]:
 def write_plot(options: Any, result: dict[str, Any], heard: Tensor, weights: Tensor, test: Batch) -> None:
     """The longest word: what was heard, above where attention lay while each sound was written."""
     figure = common.new_figure(12.5, 7)
-    figure.suptitle("Cross-attention finds out by itself when each sound was heard", fontsize=13)
+    figure.suptitle("Told no times, cross-attention moves on through the frames from sound to sound", fontsize=13)
     spectrum, curves, alignment, text = figure.subplot_mosaic(
         [["spectrum", "curves"], ["alignment", "text"]], width_ratios=(2, 1)
     ).values()
@@ -258,7 +258,9 @@ def write_plot(options: Any, result: dict[str, Any], heard: Tensor, weights: Ten
     alignment.set(xlabel=f"frame, every {1000 * HOP / RATE:g} ms", ylabel="written, from top to bottom")
     alignment.set_title("Where attention lies while each sound is written", loc="left", fontsize=11)
     middles = centres(weights[word, : len(span)])
-    alignment.plot(middles, range(len(span)), "o-", color=common.ORANGE, linewidth=1, markersize=4, label="centre")
+    alignment.plot(
+        middles, range(len(span)), "o-", color=common.ORANGE, linewidth=1, markersize=4, label="centre of attention"
+    )
     for row, (begin, end) in enumerate(span.tolist()):
         label = "when it sounded" if row == 0 else None
         alignment.plot([begin, end], [row + 0.4] * 2, color=common.GREEN, linewidth=3, label=label)

@@ -183,14 +183,11 @@ def additive_attention(
         settings = (0 if causal is False else causal_code(causal), dropout_p)
         o, lse = _operator((q, k, v, w, mask, kv_lengths, rng_state), settings)
     except Exception as error:
-        clean = _errors.explain(
+        _errors.raise_explained(
             error,
             {"q": q, "k": k, "v": v, "w": w, "mask": mask, "kv_lengths": kv_lengths},
             {"dropout_p": dropout_p},
         )
-        if clean is error:
-            raise
-        raise clean from None
     if is_one_head:
         o, lse = o.squeeze(1), lse.squeeze(1)
     return (o, lse) if return_lse else o

@@ -7,7 +7,7 @@ a number of the wrong type. Nothing in this file runs before an operator has fai
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -44,6 +44,21 @@ def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) 
         # torch lets an operator's ValueError through up to 2.14, and makes it a RuntimeError from 2.15 on.
         return ValueError(text) if type(error) is RuntimeError else error
     return _wrong_kind(tensors) or _wrong_number(numbers) or _wrong_place(tensors) or error
+
+
+def raise_explained(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) -> NoReturn:
+    """Raises what :func:`explain` makes of ``error``: the end of the public functions' ``except`` clauses.
+
+    A function that is called there, and not a context manager around the call: what succeeds pays nothing for it.
+    """
+    raise_instead(error, explain(error, tensors, numbers))
+
+
+def raise_instead(error: Exception, clean: Exception) -> NoReturn:
+    """Raises ``clean`` without a word about ``error``, which is being handled; or ``error`` itself where it is that."""
+    if clean is error:
+        raise error
+    raise clean from None
 
 
 def _wrong_kind(tensors: dict[str, Any]) -> Exception | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn import _errors, _ops, reference
+from fastattn import _attention, _errors, _ops, reference
 from fastattn._arguments import Causal, Window, autocast, causal_code, window_sides
 from fastattn._autograd import Operator, Tensors, one_by_one
 
@@ -221,20 +221,17 @@ def hard_attention(
             rng_state = _ops.draw_rng_state(q.device, **drawn_from)
         if estimator == "straight_through" and _may_be_differentiated(q, k, v):
             output, index, log_prob = _operator((q, k, v.detach(), mask, kv_lengths, rng_state), settings)
-            soft, _ = _ops.attention(q, k, v, None, mask, None, None, kv_lengths, *settings, 0.0, 0.0)
+            soft, _ = _attention.attend(q, k, v, None, mask, None, None, kv_lengths, *settings, 0.0, 0.0)
             # Adds 0, or NaN where a value that the row sees is not finite: its gradient would be NaN as well.
             output = output.detach() + (soft - soft.detach())
         else:
             output, index, log_prob = _operator((q, k, v, mask, kv_lengths, rng_state), settings)
     except Exception as error:
-        clean = _errors.explain(
+        _errors.raise_explained(
             error,
             {"q": q, "k": k, "v": v, "mask": mask, "kv_lengths": kv_lengths},
             {"temperature": temperature, "scale": scale},
         )
-        if clean is error:
-            raise
-        raise clean from None
     return HardAttentionOutput(output, index, log_prob)
 
 

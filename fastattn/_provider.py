@@ -30,7 +30,7 @@ import torch.nn.attention
 import torch.nn.functional as F
 from torch import DispatchKeySet, Tensor
 
-from fastattn import _cuda, _ops
+from fastattn import _attention, _cuda
 
 NAME = "fastattn"
 
@@ -87,7 +87,7 @@ def _attend(
     """o, lse and stats. settings: causal (0 or 1), scale, save_stats."""
     causal, scale, save_stats = settings
     try:
-        return _ops._forward_op(
+        return _attention._forward_op(
             *(query, key, value, bias, mask),
             *(None, None, None, None),  # ALiBi, sinks, kv_lengths, dropout
             *(causal, _NO_WINDOW, _NO_WINDOW, scale, 0.0, 0.0, save_stats),
@@ -174,7 +174,7 @@ def _attend_backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        dq, dk, dv, _, _ = _ops._backward_op(
+        dq, dk, dv, _, _ = _attention._backward_op(
             *(grad_out, None, query, key, value, out, stats, bias, None),
             *(None, None, None, None),
             *(causal, _NO_WINDOW, _NO_WINDOW, scale, 0.0, 0.0, False, False),

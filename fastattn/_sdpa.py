@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
-from fastattn import _cuda, _errors, _ops
+from fastattn import _attention, _cuda, _errors
 from fastattn._arguments import autocast
 
 __all__ = [
@@ -126,7 +126,7 @@ def scaled_dot_product_attention(
             causal = _TOP_LEFT
         else:
             raise TypeError(f"fastattn: is_causal is {is_causal!r}; it must be True or False.")
-        o, _ = _ops.attention(
+        o, _ = _attention.attend(
             query,
             key,
             value,
@@ -144,10 +144,7 @@ def scaled_dot_product_attention(
         )
         return o
     except Exception as error:
-        clean = _explained(error, query, key, value, attn_mask, dropout_p, scale)
-        if clean is error:
-            raise
-        raise clean from None
+        _errors.raise_instead(error, _explained(error, query, key, value, attn_mask, dropout_p, scale))
 
 
 # What the operator's messages call the arguments, and what SDPA's callers do.

@@ -162,7 +162,7 @@ def attention_summary(
         )
         entropy, maximum, top_weights, top_indices, mass, lse = _call(tensors, settings)
     except Exception as error:
-        clean = _errors.explain(
+        _errors.raise_explained(
             error,
             {
                 "q": q,
@@ -176,9 +176,6 @@ def attention_summary(
             },
             {"scale": scale, "softcap": softcap},
         )
-        if clean is error:
-            raise
-        raise clean from None
     return AttentionSummary(entropy, maximum, mass if key_mass else None, top_weights, top_indices, lse)
 
 

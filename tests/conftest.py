@@ -46,6 +46,18 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.ops.fastattn._set_isa(before)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of float64 run on the first level alone: it has one path on all of them (test_float64_has_one_path)."""
+
+    def repeats_it(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        return parameters.get("dtype") == torch.float64 and parameters.get("isa", ISAS[0]) != ISAS[0]
+
+    if repeated := [item for item in items if repeats_it(item)]:
+        config.hook.pytest_deselected(items=repeated)
+        items[:] = [item for item in items if not repeats_it(item)]
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same numbers, whichever tests ran before it."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 import fastattn
 
+from . import hard_calls
 from .cases import Case, make_inputs
 from .compare import compute, differences
+from .conftest import supported_isas
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -67,3 +72,39 @@ def test_sequences_do_not_mix(isa: str, dtype: torch.dtype) -> None:
             alone = fastattn.attention(q[None, None], k[None, None], v[None, None], causal="top_left", return_lse=True)
             assert torch.equal(alone[0][0, 0], o[b, h])
             assert torch.equal(alone[1][0, 0], lse[b, h])
+
+
+@pytest.fixture
+def level() -> Iterator[None]:
+    """Puts the active level back after a test that changes it."""
+    before = torch.ops.fastattn._isa()
+    yield
+    torch.ops.fastattn._set_isa(before)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("w", [None, "h"], ids=["attention", "additive"])
+def test_float64_has_one_path(w: str | None) -> None:
+    """The same bits on every level, forward and backward: so the other tests of float64 need run on one alone."""
+    kwargs: dict[str, Any] = {"w": w} if w else {"bias": "1hqk", "window": (70, 20), "sinks": True}
+    shape: dict[str, Any] = {"Lq": 97, "Lk": 333, "D": 33, "Dv": 24, "B": 2, "gqa": 2}
+    case = Case(**shape, causal="bottom_right", mask="b1qk", kv_lengths=(333, 131), **kwargs)
+    inputs = make_inputs(case, torch.float64).require_grad()
+    found = []
+    for isa in supported_isas():
+        torch.ops.fastattn._set_isa(isa)
+        found.append(compute(inputs))
+    assert not any(differences(other, found[0]) for other in found)
+
+
+@pytest.mark.usefixtures("level")
+def test_float64_has_one_path_in_hard_attention_and_summaries() -> None:
+    inputs = hard_calls.with_grad(make_inputs(Case(97, 333, D=33, Dv=24, B=2, gqa=2, mask="b1qk"), torch.float64))
+    found = []
+    for isa in supported_isas():
+        torch.ops.fastattn._set_isa(isa)
+        quantities, index = hard_calls.compute(inputs)
+        summary = fastattn.attention_summary(inputs.q, inputs.k, top_k=5, **inputs.kwargs)
+        found.append([*quantities.values(), index, *summary])
+    for other in found:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))

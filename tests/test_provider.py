@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import attention as registry
 
 import fastattn
-from fastattn import _ops, _provider
+from fastattn import _attention, _provider
 
 if not _provider._registered:
     pytest.skip("this torch has no registry of flash attention providers", allow_module_level=True)
@@ -46,7 +46,7 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forward = self.backward = 0
-        forward_op, backward_op = _ops._forward_op, _ops._backward_op
+        forward_op, backward_op = _attention._forward_op, _attention._backward_op
 
         def forward(*args: Any) -> Any:
             self.forward += 1
@@ -56,8 +56,8 @@ class Spy:
             self.backward += 1
             return backward_op(*args)
 
-        monkeypatch.setattr(_ops, "_forward_op", forward)
-        monkeypatch.setattr(_ops, "_backward_op", backward)
+        monkeypatch.setattr(_attention, "_forward_op", forward)
+        monkeypatch.setattr(_attention, "_backward_op", backward)
 
 
 @pytest.fixture

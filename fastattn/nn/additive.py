@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn._additive import additive_attention
-from fastattn._arguments import Causal
-from fastattn.nn.checks import check_dropout, check_heads, check_sizes
-from fastattn.nn.projected import ProjectedKeys, ProjectedKeysAttention, join_heads, per_row
+from fastattn.nn.checks import check_dropout
+from fastattn.nn.projected import SoftAttention, reset_linear, reset_score_weight
 from fastattn.nn.weights import additive_weights
 
 
-class AdditiveScoreAttention(ProjectedKeysAttention):
-    """The forward of modules whose score is w . tanh(q + k), with one row of w for each head."""
-
-    dropout: float
-    score_weight: torch.nn.Parameter  # (H, D) or (D,)
-
-    def _attend_additive(
-        self,
-        query: Tensor,
-        key: Tensor | ProjectedKeys,
-        value: Tensor | None,
-        mask: Tensor | None,
-        kv_lengths: Tensor | None,
-        causal: Causal,
-        need_weights: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        q, k, v, mask = self._prepare(query, key, value, mask)
-        dropout_p = self.dropout if self.training else 0.0
-        w = self.score_weight
-        o = additive_attention(q, k, v, w, mask=mask, kv_lengths=kv_lengths, causal=causal, dropout_p=dropout_p)
-        output = join_heads(o, query)
-        if not need_weights:
-            return output
-        p = additive_weights(q, k, w, mask=mask, kv_lengths=kv_lengths, causal=causal)
-        return output, per_row(p.to(o.dtype), query)
-
-
-class AdditiveAttention(AdditiveScoreAttention):
+class AdditiveAttention(SoftAttention):
     r"""Additive attention, as it was introduced for alignment and translation, with its projections, fused.
 
     For the query s_i (a decoder's state) and the keys h_j (an encoder's annotations) of one sequence::
@@ -101,13 +73,8 @@ class AdditiveAttention(AdditiveScoreAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        value_dim = key_dim if value_dim is None else value_dim
-        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads)
-        check_heads("attn_dim", attn_dim, num_heads)
-        check_heads("value_dim", value_dim, num_heads)
+        self._set_sizes(query_dim, key_dim, attn_dim, value_dim, num_heads)
         check_dropout(dropout)
-        self.query_dim, self.key_dim, self.attn_dim, self.value_dim = query_dim, key_dim, attn_dim, value_dim
-        self.num_heads = num_heads
         self.dropout = dropout
         self.query_proj = torch.nn.Linear(query_dim, attn_dim, bias=False, device=device, dtype=dtype)
         self.key_proj = torch.nn.Linear(key_dim, attn_dim, bias=bias, device=device, dtype=dtype)
@@ -121,81 +88,16 @@ class AdditiveAttention(AdditiveScoreAttention):
 
         v_a is drawn so that the scores of independent hidden features have a variance of at most 1/3.
         """
-        torch.nn.init.xavier_uniform_(self.query_proj.weight)
-        torch.nn.init.xavier_uniform_(self.key_proj.weight)
-        if self.key_proj.bias is not None:
-            torch.nn.init.zeros_(self.key_proj.bias)
-        bound = self.score_weight.size(-1) ** -0.5
-        torch.nn.init.uniform_(self.score_weight, -bound, bound)
+        reset_linear(self.query_proj)
+        reset_linear(self.key_proj)
+        reset_score_weight(self.score_weight)
 
     def extra_repr(self) -> str:
         """What is shown between the parentheses, beside the projections."""
         return f"num_heads={self.num_heads}, dropout={self.dropout}"
 
-    def _project_key(self, key: Tensor) -> Tensor:
-        return self.key_proj(key)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **options: Any) -> Tensor:
+        return additive_attention(q, k, v, self.score_weight, dropout_p=dropout_p, **options)
 
-    def _project_query(self, query: Tensor) -> Tensor:
-        return self.query_proj(query)
-
-    @overload
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | ProjectedKeys,
-        value: Tensor | None = ...,
-        *,
-        mask: Tensor | None = ...,
-        kv_lengths: Tensor | None = ...,
-        causal: Causal = ...,
-        need_weights: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | ProjectedKeys,
-        value: Tensor | None = ...,
-        *,
-        mask: Tensor | None = ...,
-        kv_lengths: Tensor | None = ...,
-        causal: Causal = ...,
-        need_weights: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | ProjectedKeys,
-        value: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        kv_lengths: Tensor | None = None,
-        causal: Causal = False,
-        need_weights: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The contexts, and the weights if they are wanted.
-
-        Args:
-            query: (B, Lq, query_dim), or (B, query_dim) for one query to each sequence.
-            key: (B, Lk, key_dim), or what `project_keys` returned.
-            value: (B, Lk, value_dim); None = the keys. Projected keys have theirs already.
-            mask: Bool, **True = keep** (unlike torch.nn.MultiheadAttention): (B, Lk) for padding, (B, Lq, Lk) or
-                (B, H, Lq, Lk); each dimension may be 1.
-            kv_lengths: (B,), int32: the number of keys that exist. Values beyond are not read; keys beyond are
-                projected like the others, so they must be finite for the gradients of the projection.
-            causal: As in fastattn.attention.
-            need_weights: Whether to compute and return the weights, with plain operations in O(B Lq Lk attn_dim)
-                memory: for looking at.
-
-        Returns:
-            output: (B, Lq, value_dim), or (B, value_dim). A query that sees no key has an output of 0.
-            weights: (B, Lq, Lk), with several heads (B, H, Lq, Lk), for a query (B, query_dim) without Lq; before
-                dropout, differentiable. Returned as the pair (output, weights) with need_weights.
-
-        Raises:
-            ValueError: Shapes, sizes, devices or lengths break a rule above.
-            TypeError: An argument has the wrong type or dtype.
-        """
-        return self._attend_additive(query, key, value, mask, kv_lengths, causal, need_weights)
+    def _weights(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
+        return additive_weights(q, k, self.score_weight, **options)

@@ -18,8 +18,7 @@ from fastattn._hard import (
     check_temperature,
     hard_attention,
 )
-from fastattn.nn.checks import check_heads, check_sizes
-from fastattn.nn.projected import ProjectedKeys, ProjectedKeysAttention, join_heads, per_row
+from fastattn.nn.projected import ProjectedKeys, ProjectedKeysAttention, join_heads, per_row, reset_linear
 from fastattn.nn.weights import dot_weights
 
 
@@ -91,16 +90,11 @@ class HardAttention(ProjectedKeysAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        value_dim = key_dim if value_dim is None else value_dim
-        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads)
-        check_heads("attn_dim", attn_dim, num_heads)
-        check_heads("value_dim", value_dim, num_heads)
+        self._set_sizes(query_dim, key_dim, attn_dim, value_dim, num_heads)
         check_choice("estimator", estimator, ESTIMATORS)
         check_temperature(temperature)
         check_choice("train_mode", train_mode, MODES)
         check_choice("eval_mode", eval_mode, MODES)
-        self.query_dim, self.key_dim, self.attn_dim, self.value_dim = query_dim, key_dim, attn_dim, value_dim
-        self.num_heads = num_heads
         self.estimator, self.temperature = estimator, temperature
         self.train_mode, self.eval_mode = train_mode, eval_mode
         self.query_proj = torch.nn.Linear(query_dim, attn_dim, bias=bias, device=device, dtype=dtype)
@@ -109,20 +103,12 @@ class HardAttention(ProjectedKeysAttention):
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew: Glorot's uniform distribution for the projections, 0 for the biases."""
-        for linear in (self.query_proj, self.key_proj):
-            torch.nn.init.xavier_uniform_(linear.weight)
-            if linear.bias is not None:
-                torch.nn.init.zeros_(linear.bias)
+        reset_linear(self.query_proj)
+        reset_linear(self.key_proj)
 
     def extra_repr(self) -> str:
         """What is shown between the parentheses, beside the projections."""
         return f"num_heads={self.num_heads}, estimator={self.estimator!r}, temperature={self.temperature}"
-
-    def _project_key(self, key: Tensor) -> Tensor:
-        return self.key_proj(key)
-
-    def _project_query(self, query: Tensor) -> Tensor:
-        return self.query_proj(query)
 
     @overload
     def forward(

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn._arguments import Causal
+from fastattn._additive import additive_attention
 from fastattn._attention import attention
-from fastattn.nn.additive import AdditiveScoreAttention
 from fastattn.nn.checks import check_dropout, check_sizes
-from fastattn.nn.projected import ProjectedKeys, join_heads, per_row
-from fastattn.nn.weights import dot_weights
+from fastattn.nn.projected import SoftAttention, reset_linear, reset_score_weight
+from fastattn.nn.weights import additive_weights, dot_weights
 
 Score = Literal["dot", "general", "concat"]
 
 
-class LuongAttention(AdditiveScoreAttention):
+class LuongAttention(SoftAttention):
     r"""Global attention with one of Luong's three scores, fused.
 
     For the query h_i (a decoder's state) and the keys hs_j (an encoder's states) of one sequence::
@@ -110,13 +109,10 @@ class LuongAttention(AdditiveScoreAttention):
     def reset_parameters(self) -> None:
         """Draw the parameters anew: Glorot's uniform distribution for W_a, v_a so that scores have variance <= 1/3."""
         if self.score == "general":
-            torch.nn.init.xavier_uniform_(self.query_proj.weight)
+            reset_linear(self.query_proj)
         elif self.score == "concat":
-            torch.nn.init.xavier_uniform_(self.concat_proj.weight)
-            if self.concat_proj.bias is not None:
-                torch.nn.init.zeros_(self.concat_proj.bias)
-            bound = self.attn_dim**-0.5
-            torch.nn.init.uniform_(self.score_weight, -bound, bound)
+            reset_linear(self.concat_proj)
+            reset_score_weight(self.score_weight)
 
     def extra_repr(self) -> str:
         """What is shown between the parentheses, beside the projections."""
@@ -136,72 +132,12 @@ class LuongAttention(AdditiveScoreAttention):
             return self.query_proj(query)
         return F.linear(query, self.concat_proj.weight[:, : self.query_dim])
 
-    @overload
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | ProjectedKeys,
-        value: Tensor | None = ...,
-        *,
-        mask: Tensor | None = ...,
-        kv_lengths: Tensor | None = ...,
-        causal: Causal = ...,
-        need_weights: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | ProjectedKeys,
-        value: Tensor | None = ...,
-        *,
-        mask: Tensor | None = ...,
-        kv_lengths: Tensor | None = ...,
-        causal: Causal = ...,
-        need_weights: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | ProjectedKeys,
-        value: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        kv_lengths: Tensor | None = None,
-        causal: Causal = False,
-        need_weights: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The contexts, and the weights if they are wanted.
-
-        Args:
-            query: (B, Lq, query_dim), or (B, query_dim) for one query to each sequence.
-            key: (B, Lk, key_dim), or what `project_keys` returned.
-            value: (B, Lk, Ev); None = the keys. Projected keys have theirs already.
-            mask: Bool, **True = keep** (unlike torch.nn.MultiheadAttention): (B, Lk) for padding, (B, Lq, Lk) or
-                (B, 1, Lq, Lk); each dimension may be 1.
-            kv_lengths: (B,), int32: the number of keys that exist. What lies beyond is not read, but for the projection
-                of "concat", for whose gradients the keys must be finite.
-            causal: As in fastattn.attention.
-            need_weights: Whether to compute and return the weights, with plain operations: for looking at.
-
-        Returns:
-            output: (B, Lq, Ev), or (B, Ev). A query that sees no key has an output of 0.
-            weights: (B, Lq, Lk), or (B, Lk) for a query (B, query_dim); before dropout, differentiable. Returned as the
-                pair (output, weights) with need_weights.
-
-        Raises:
-            ValueError: Shapes, sizes, devices or lengths break a rule above.
-            TypeError: An argument has the wrong type or dtype.
-        """
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **options: Any) -> Tensor:
         if self.score == "concat":
-            return self._attend_additive(query, key, value, mask, kv_lengths, causal, need_weights)
-        q, k, v, mask = self._prepare(query, key, value, mask)
-        dropout_p = self.dropout if self.training else 0.0
-        o = attention(q, k, v, scale=1.0, mask=mask, kv_lengths=kv_lengths, causal=causal, dropout_p=dropout_p)
-        output = join_heads(o, query)
-        if not need_weights:
-            return output
-        p = dot_weights(q, k, scale=1.0, mask=mask, kv_lengths=kv_lengths, causal=causal)
-        return output, per_row(p.to(o.dtype), query)
+            return additive_attention(q, k, v, self.score_weight, dropout_p=dropout_p, **options)
+        return attention(q, k, v, scale=1.0, dropout_p=dropout_p, **options)
+
+    def _weights(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
+        if self.score == "concat":
+            return additive_weights(q, k, self.score_weight, **options)
+        return dot_weights(q, k, scale=1.0, **options)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import _errors, _ops, reference
-from fastattn._attention import attention
+from fastattn._attention import attend, attention
 from fastattn.nn.checks import check_dropout, check_features, check_heads, check_like_module, check_sizes
 from fastattn.nn.weights import dot_weights
 
@@ -61,8 +61,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       the very dropout that the output had.
     - A bool attn_mask goes together with a float key_padding_mask, and the other way round, without a warning.
     - Nested tensors of the strided layout are served in training and with gradients too.
-    - What it refuses, it refuses with a ValueError or TypeError; PyTorch raises AssertionError or RuntimeError. It
-      cannot be compiled by torch.jit.script; torch.compile and torch.export can.
+    - What it refuses, it refuses with a ValueError or TypeError; PyTorch raises AssertionError or RuntimeError.
+    - torch.compile and torch.export take it, torch.jit.script does not. torch.jit.trace records it for inference: trace
+      it under ``torch.no_grad()``, and the result takes inputs of any size (weights after dropout: those of the size
+      traced), draws dropout anew and has no gradients.
 
     In eval mode torch.nn.TransformerEncoderLayer has a path that passes its attention module by. A hook in every
     instance, which does nothing, keeps it from that.
@@ -340,14 +342,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         rng_state = _ops.draw_rng_state(q.device) if 0.0 < dropout_p <= 1.0 else None
         tensors = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "kv_lengths": kv_lengths}
         try:
-            o, _ = _ops.attention(
+            o, _ = attend(
                 q, k, v, bias, mask, None, None, kv_lengths, 0, -1, -1, None, 0.0, dropout_p, rng_state=rng_state
             )
         except Exception as error:
-            clean = _errors.explain(error, tensors, {"dropout_p": dropout_p})
-            if clean is error:
-                raise
-            raise clean from None
+            _errors.raise_explained(error, tensors, {"dropout_p": dropout_p})
         p = dot_weights(q, k, bias=bias, mask=mask, kv_lengths=kv_lengths)
         if rng_state is not None:
             keep = torch.ops.fastattn.dropout_mask(rng_state, *p.shape, dropout_p)

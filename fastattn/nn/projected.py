@@ -6,13 +6,14 @@ or projected, and queries as (B, Lq, E), or as one state for each sequence, (B, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import _errors
-from fastattn.nn.checks import check_features, check_like_module
+from fastattn._arguments import Causal
+from fastattn.nn.checks import check_features, check_heads, check_like_module, check_sizes
 
 
 class ProjectedKeys(NamedTuple):
@@ -29,10 +30,21 @@ class ProjectedKeys(NamedTuple):
 class ProjectedKeysAttention(torch.nn.Module):
     """The base of AdditiveAttention, LuongAttention and HardAttention."""
 
+    query_proj: torch.nn.Linear  # these two in modules that have such a projection; the others override _project_*
+    key_proj: torch.nn.Linear
     num_heads: int
     query_dim: int | None  # None: any, as long as the scores can be computed
     key_dim: int | None
     value_dim: int | None  # None: any multiple of num_heads
+
+    def _set_sizes(self, query_dim: int, key_dim: int, attn_dim: int, value_dim: int | None, num_heads: int) -> None:
+        """Checks and keeps the sizes of a module whose queries and keys are both projected to attn_dim features."""
+        value_dim = key_dim if value_dim is None else value_dim
+        check_sizes(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, value_dim=value_dim, num_heads=num_heads)
+        check_heads("attn_dim", attn_dim, num_heads)
+        check_heads("value_dim", value_dim, num_heads)
+        self.query_dim, self.key_dim, self.attn_dim, self.value_dim = query_dim, key_dim, attn_dim, value_dim
+        self.num_heads = num_heads
 
     def project_keys(self, key: Tensor, value: Tensor | None = None) -> ProjectedKeys:
         """Prepare keys and values once; pass the result in the place of `key` as often as you like.
@@ -64,11 +76,11 @@ class ProjectedKeysAttention(torch.nn.Module):
 
     def _project_key(self, key: Tensor) -> Tensor:
         """Keys as they enter the scores, (B, Lk, H * D)."""
-        raise NotImplementedError
+        return self.key_proj(key)
 
     def _project_query(self, query: Tensor) -> Tensor:
         """Queries as they enter the scores, (B, Lq, H * D)."""
-        raise NotImplementedError
+        return self.query_proj(query)
 
     def _prepare(
         self, query: Tensor, key: Tensor | ProjectedKeys, value: Tensor | None, mask: Tensor | None
@@ -117,6 +129,91 @@ class ProjectedKeysAttention(torch.nn.Module):
         # The kernels compare values, and what no parameter touches, with the queries.
 
 
+class SoftAttention(ProjectedKeysAttention):
+    """The base of AdditiveAttention and LuongAttention: each output is the mean of the values, by the weights."""
+
+    dropout: float
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **options: Any) -> Tensor:
+        """(B, H, Lq, Dv). The options are mask, kv_lengths and causal."""
+        raise NotImplementedError
+
+    def _weights(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
+        """The weights with which `_attend` sums, (B, H, Lq, Lk), before dropout."""
+        raise NotImplementedError
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = ...,
+        *,
+        mask: Tensor | None = ...,
+        kv_lengths: Tensor | None = ...,
+        causal: Causal = ...,
+        need_weights: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = ...,
+        *,
+        mask: Tensor | None = ...,
+        kv_lengths: Tensor | None = ...,
+        causal: Causal = ...,
+        need_weights: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        kv_lengths: Tensor | None = None,
+        causal: Causal = False,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The contexts, and the weights if they are wanted.
+
+        Args:
+            query: (B, Lq, query_dim), or (B, query_dim) for one query to each sequence.
+            key: (B, Lk, key_dim), or what `project_keys` returned.
+            value: (B, Lk, Ev), where Ev is AdditiveAttention's value_dim, and any number of features for
+                LuongAttention; None = the keys. Projected keys have theirs already.
+            mask: Bool, **True = keep** (unlike torch.nn.MultiheadAttention): (B, Lk) for padding, (B, Lq, Lk) or
+                (B, H, Lq, Lk); each dimension may be 1. LuongAttention has one head, H = 1.
+            kv_lengths: (B,), int32: the number of keys that exist. Values beyond are not read; keys beyond are
+                projected like the others where the module projects keys, so there they must be finite for the gradients
+                of the projection.
+            causal: As in fastattn.attention.
+            need_weights: Whether to compute and return the weights, with plain operations, for additive scores in
+                O(B Lq Lk attn_dim) memory: for looking at.
+
+        Returns:
+            output: (B, Lq, Ev), or (B, Ev). A query that sees no key has an output of 0.
+            weights: (B, Lq, Lk), with several heads (B, H, Lq, Lk), for a query (B, query_dim) without Lq; before
+                dropout, differentiable. Returned as the pair (output, weights) with need_weights.
+
+        Raises:
+            ValueError: Shapes, sizes, devices or lengths break a rule above.
+            TypeError: An argument has the wrong type or dtype.
+        """
+        q, k, v, mask = self._prepare(query, key, value, mask)
+        options: dict[str, Any] = {"mask": mask, "kv_lengths": kv_lengths, "causal": causal}
+        o = self._attend(q, k, v, self.dropout if self.training else 0.0, **options)
+        output = join_heads(o, query)
+        if not need_weights:
+            return output
+        p = self._weights(q, k, **options)
+        return output, per_row(p.to(o.dtype), query)
+
+
 def _four_dimensions(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
     """A mask (B, Lk), (B, Lq, Lk) or (B, H, Lq, Lk), True = keep, as one that broadcasts to (B, H, Lq, Lk)."""
     if mask is None:
@@ -149,3 +246,16 @@ def per_row(x: Tensor, query: Tensor) -> Tensor:
     if query.dim() == 2:
         x = x.squeeze(2)
     return x.squeeze(1) if x.size(1) == 1 else x
+
+
+def reset_linear(linear: torch.nn.Linear) -> None:
+    """Draws a projection anew: Glorot's uniform distribution, 0 for the bias."""
+    torch.nn.init.xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        torch.nn.init.zeros_(linear.bias)
+
+
+def reset_score_weight(score_weight: Tensor) -> None:
+    """Draws v_a anew, so that the scores of independent hidden features have a variance of at most 1/3."""
+    bound = score_weight.size(-1) ** -0.5
+    torch.nn.init.uniform_(score_weight, -bound, bound)
