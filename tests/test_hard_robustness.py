@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn import reference
+
 from .cases import Case, make_inputs
 from .compare import differences
 from .hard_calls import DTYPES, MODES, compute, with_grad
@@ -101,6 +103,8 @@ def test_a_row_keeps_its_nan(isa: str, mode: str, dtype: torch.dtype) -> None:
         assert torch.equal(got[name][~own], wanted[name][~own]), name
     assert torch.equal(other[~own], index[~own])
     assert int(other[own]) == 40 + 141 - 70 - 30
+    log_p = reference.log_probabilities(inputs.q, inputs.k, **inputs.kwargs, dtype=torch.float64)
+    assert torch.equal(reference.hard_choice(log_p)[own], other[own])
     assert got["log_prob"][own].isnan().all()
     assert got["dq"][own].isnan().all()
 

@@ -221,7 +221,7 @@ struct HardFinishKernel {
     }
     // A NaN among the scores of a row compares with nothing, and makes the sum NaN: any visible key will do, but it
     // must be one and the same everywhere.
-    if (state.l != state.l) key = first_visible(a, b, h, i);
+    if (state.l != state.l) key = static_cast<int32_t>(first_visible_key(a, mask_geometry(a, b), b, h, i));
     if (lane == 0) {
       write_statistics(a, {state, 0.0f}, row);
       p.index[row] = key;
@@ -231,19 +231,6 @@ struct HardFinishKernel {
     char* const out = static_cast<char*>(a.o) + (b * a.o_stride[0] + h * a.o_stride[1] + i * a.o_stride[2]) * kBytes;
     const char* const value = RowPointer<kBytes>::make(a.v, a.v_stride, b, h / (a.Hq / a.Hkv)).at(key < 0 ? 0 : key);
     copy_row(out, value, key >= 0, a.Dv, lane, p.copies_chunks);
-  }
-
-  // The first key that the row sees. There is one; the bound is for a mask that somebody writes to meanwhile.
-  FASTATTN_DEVICE int32_t first_visible(const AttentionParams& a, int64_t b, int64_t h, int64_t i) {
-    const MaskGeometry geometry = mask_geometry(a, b);
-    const int64_t* stride = a.mask_stride;
-    const int64_t end = hi(geometry, i);
-    int64_t j = lo(geometry, i);
-    if (a.mask) {
-      const uint8_t* row = a.mask + b * stride[0] + h * stride[1] + i * stride[2];
-      while (j + 1 < end && row[j * stride[3]] == 0) ++j;
-    }
-    return static_cast<int32_t>(j);
   }
 
   // Bit for bit; without a value, zeros.

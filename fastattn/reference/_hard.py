@@ -9,7 +9,8 @@ With the scores s of scaled dot-product attention and a temperature t,
 
 With g = 0 that is the most probable key. With Gumbel noise, g = -log(-log(u)) for u uniform on (0, 1), index[i] is
 drawn with the probabilities p[i] (the Gumbel-max trick; Maddison, Tarlow and Minka, "A* sampling", 2014, section 2).
-A row that sees no key has index -1, log_prob 0, o 0 and no gradient.
+A row that sees no key has index -1, log_prob 0, o 0 and no gradient. One that sees a NaN has the first key that it sees
+by mask, window and lengths, and log_prob NaN.
 
 The choice has no derivative, so it stands apart: log_prob and o are functions of q, k and v for a given index.
 """
@@ -21,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.reference._attention import Window, existing, for_query_heads, scores
+from fastattn.reference._attention import Window, existing, for_query_heads, hidden, scores
 
 
 def log_probabilities(
@@ -41,7 +42,9 @@ def log_probabilities(
     s = scores(q, k, causal=causal, window=window, scale=scale, mask=mask, kv_lengths=kv_lengths, dtype=dtype)
     # The softmax of a row of -inf is NaN, and so is its gradient.
     blind = (s == -math.inf).all(dim=-1, keepdim=True)
-    return torch.log_softmax(s.masked_fill(blind, 0), dim=-1).masked_fill(blind, -math.inf)
+    log_p = torch.log_softmax(s.masked_fill(blind, 0), dim=-1).masked_fill(blind, -math.inf)
+    # One score that is NaN makes the whole row NaN, but it makes no key visible.
+    return hidden(log_p, causal=causal, window=window, mask=mask, kv_lengths=kv_lengths)
 
 
 def hard_choice(log_p: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -51,7 +54,7 @@ def hard_choice(log_p: Tensor, noise: Tensor | None = None) -> Tensor:
     s = log_p.detach() if noise is None else log_p.detach() + noise
     largest = s.amax(dim=-1, keepdim=True)
     # torch.argmax does not say which of several equal elements it finds.
-    index = (s == largest).to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., 0]
+    index = ((s == largest) | s.isnan()).to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., 0]
     return index.masked_fill(largest.squeeze(-1) == -math.inf, -1)
 
 
