@@ -9,4 +9,4 @@ export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 cmake -S . -B build/sanitize -G Ninja -DFASTATTN_SANITIZE=address,undefined
 cmake --build build/sanitize --parallel "${MAX_JOBS:-2}"
-ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+ctest --test-dir build/sanitize --output-on-failure --no-tests=error --parallel "${MAX_JOBS:-2}"
