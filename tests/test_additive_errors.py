@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -23,21 +22,7 @@ from .additive_calls import (
     ops,
     tensors_of,
 )
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A call with one bad argument; those that are not given are good."""
-
-    id: str
-    error: type[Exception]
-    parts: tuple[str, ...]
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
+from .bad_calls import Bad, zeros
 
 CALLS = [
     Bad("w-not-a-tensor", TypeError, ("w is a list", "must be a torch.Tensor"), {"w": [1.0]}),
@@ -97,15 +82,7 @@ def test_message(bad: Bad, grad: bool) -> None:
     arguments = dict(bad.arguments)
     if grad and "q" not in arguments:
         arguments["q"] = zeros(B, Hq, Lq, D).requires_grad_()
-    with pytest.raises(bad.error) as raised:
-        call(arguments)
-    text = str(raised.value)
-    assert type(raised.value) is bad.error
-    assert text.startswith("fastattn: ")
-    assert "\n" not in text
-    assert text.endswith(".")
-    for part in bad.parts:
-        assert part in text
+    bad.assert_refused(call, arguments)
 
 
 def test_good_arguments_pass() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,22 +12,8 @@ from torch import Tensor
 
 import fastattn
 
+from .bad_calls import Bad, zeros
 from .hard_calls import B, D, Dv, Hkv, Hq, Lk, Lq, ops
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A call with one bad argument; those that are not given are good."""
-
-    id: str
-    error: type[Exception]
-    parts: tuple[str, ...]
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
 
 CALLS = [
     Bad("mode", ValueError, ("mode is 'soft'", "'sample' or 'argmax'"), {"mode": "soft"}),
@@ -82,15 +67,7 @@ def test_message(bad: Bad, estimator: str) -> None:
     arguments = dict(bad.arguments)
     if estimator != "no_grad":
         arguments = {"estimator": estimator, "q": zeros(B, Hq, Lq, D).requires_grad_()} | arguments
-    with pytest.raises(bad.error) as raised:
-        call(arguments)
-    text = str(raised.value)
-    assert type(raised.value) is bad.error
-    assert text.startswith("fastattn: ")
-    assert "\n" not in text
-    assert text.endswith(".")
-    for part in bad.parts:
-        assert part in text
+    bad.assert_refused(call, arguments)
 
 
 def test_good_arguments_pass() -> None:
