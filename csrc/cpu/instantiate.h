@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward.h"
+#include "cpu/decode.h"
 #include "cpu/forward.h"
 #include "cpu/hard.h"
 #include "cpu/kernels.h"
@@ -36,6 +37,28 @@ size_t forward_scratch_bytes(const AttentionParams& p) {
 
 void forward_item(const AttentionParams& p, const ForwardItem& item, void* scratch) {
   with_operands(p, [&]<class Operands>() { forward_item_as<Operands>(p, item, static_cast<char*>(scratch)); });
+}
+
+size_t decode_scratch_bytes(const AttentionParams& p) {
+  size_t bytes = 0;
+  decode_scratch(p, nullptr, &bytes);
+  return bytes;
+}
+
+void decode_item(const AttentionParams& p, const DecodeItem& item, void* scratch) {
+  char* memory = static_cast<char*>(scratch);
+  switch (p.dtype) {
+    case DType::kBFloat16:
+#if FASTATTN_BF16_DOT
+      return decode_item_as<Bf16Keys>(p, item, memory);
+#else
+      return decode_item_as<FloatKeys<BFloat16>>(p, item, memory);
+#endif
+    case DType::kFloat16:
+      return decode_item_as<FloatKeys<Float16>>(p, item, memory);
+    default:
+      return decode_item_as<FloatKeys<Float32>>(p, item, memory);
+  }
 }
 
 size_t backward_scratch_bytes(const AttentionGradParams& gp, int64_t chunk_keys, bool dq_in_scratch, bool is_hard) {
@@ -126,7 +149,7 @@ double multiply_adds(DType dtype, int64_t rounds, float* sink) {
 }  // namespace
 
 const KernelTable kernels = {
-    forward_scratch_bytes, forward_item, backward_scratch_bytes, backward_task, reduce_dq,
+    forward_scratch_bytes, forward_item, decode_scratch_bytes, decode_item, merge_rows, backward_scratch_bytes, backward_task, reduce_dq,
     hard_scratch_bytes,    hard_item,    summary_scratch_bytes,  summary_item,  key_mass_scratch_bytes,
     key_mass_item,         2 * kLanes,   multiply_adds,
 };

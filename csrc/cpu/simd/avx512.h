@@ -115,6 +115,20 @@ FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_f16(x));
 }
 
+FASTATTN_FN Vf vload_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+// Pairs of vectors are interleaved and added twice: first halves of quads, then what is left of them.
+FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) {
+  const __m512d ab = _mm512_castps_pd(vadd(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  const __m512d cd = _mm512_castps_pd(vadd(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+  return vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+}
+FASTATTN_FN void vstore_quads(float* p, int64_t stride, Vf x) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(x));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(x, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(x, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(x, 3));
+}
+
 // r[i] lane j <-> r[j] lane i, in four rounds that swap blocks of 1, 2, 4 and 8 lanes.
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
   Vf t[kLanes];

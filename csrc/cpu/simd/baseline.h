@@ -185,6 +185,15 @@ FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
 }
 FASTATTN_FN void vstore_f16(uint16_t* p, Vf x) { vstore_f16_first(p, x, kLanes); }
 
+// The same four numbers in every quad of lanes.
+FASTATTN_FN Vf vload_quad(const float* p) { return vload(p); }
+// Number c of quad q: the sum of quad q of the c-th vector.
+FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) {
+  return Vf{vreduce_add(a), vreduce_add(b), vreduce_add(c), vreduce_add(d)};
+}
+// Quad q goes to p + q * stride.
+FASTATTN_FN void vstore_quads(float* p, int64_t, Vf x) { vstore(p, x); }
+
 // r[i] lane j <-> r[j] lane i.
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
   Vf t[kLanes];
