@@ -18,6 +18,7 @@
 
 #include "core/sequence.h"
 #include "cpu/scores.h"
+#include "cpu/small.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
@@ -547,7 +548,7 @@ inline void decode_item_as(const AttentionParams& p, const DecodeItem& item, cha
   if (item.partial != nullptr) {
     for (int64_t r = 0; r < rows; ++r) {
       const DecodeRow at = decode_row(p, item, r);
-      float* to = partial_row(p, item.partial, item.b, at.hq, at.i);
+      float* to = partial_row(p, item.partial, at.hq, at.i);
       memcpy(to, scratch.o + r * width, sizeof(float) * static_cast<size_t>(p.Dv));
       partial_state(p, to)[0] = scratch.rows.row_max[r];
       partial_state(p, to)[1] = scratch.rows.row_sum[r];
@@ -578,7 +579,7 @@ inline void merge_rows(const AttentionParams& p, const ForwardItem& item, float*
   float state[3][kLanes];
   const RowScratch row{state[0], state[1], state[2]};
   for (int64_t i = item.i0; i < item.i1; ++i) {
-    float* first = partial_row(p, first_part, item.b, item.hq, i);
+    float* first = partial_row(p, first_part, item.hq, i);
     float m = minus_infinity;
     for (int64_t c = 0; c < parts; ++c) {
       const float part_max = partial_state(p, first + c * part_floats)[0];
@@ -595,7 +596,7 @@ inline void merge_rows(const AttentionParams& p, const ForwardItem& item, float*
     vstore(row.row_max, vset(m));
     vstore(row.row_sum, vset(l));
     const Vf sink = vset(p.sinks != nullptr ? static_cast<const float*>(p.sinks)[item.hq] : 0.0f);
-    close_rows(row, 0, 1.0f, p.sinks != nullptr ? &sink : nullptr);
+    close_rows(row, 0, p.dropout_p < 1.0 ? 1.0f : 0.0f, p.sinks != nullptr ? &sink : nullptr);
     for (int64_t d = 0; d < p.Dv; d += kLanes) {
       Vf sum = vzero();
       for (int64_t c = 0; c < parts; ++c) {

@@ -143,7 +143,7 @@ struct WeightedSum {
 // Leaves what a part of the keys made of the rows.
 inline void write_partial(const AttentionParams& p, const ForwardItem& item, const ForwardScratch& scratch) {
   const int64_t rows = item.i1 - item.i0;
-  float* to = partial_row(p, item.partial, item.b, item.hq, item.i0);
+  float* to = partial_row(p, item.partial, item.hq, item.i0);
   for (int64_t r = 0; r < rows; r += kLanes) vstore(scratch.rows.rescale + r, vset(1.0f));
   transpose_back<Float32>(to, partial_row_floats(p), scratch.ot, ot_columns(p), rows, p.Dv, scratch.rows.rescale);
   for (int64_t r = 0; r < rows; ++r) {

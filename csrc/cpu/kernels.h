@@ -21,6 +21,12 @@ struct ForwardItem {
   float* partial = nullptr;  // see partial_row; null: these are all keys, and the item writes its rows itself
 };
 
+// Up to this many scores a head is a matter of dot products, not of tiles: see small.h.
+constexpr int64_t kSmallScoresForward = 36;
+FASTATTN_FN bool is_small_forward(const AttentionParams& p) {
+  return p.w == nullptr && p.Lq * p.Lk <= kSmallScoresForward;
+}
+
 // All rows of the query heads [hq0, hq1) of one sequence, which share a key head, over the keys [j0, j1): few rows, at
 // most kBlockRows.
 struct DecodeItem {
@@ -30,10 +36,10 @@ struct DecodeItem {
 };
 
 // What a part of the keys makes of a row, where several parts share it: o before the division by the row sum, [Dv], and
-// 16 floats further on row maximum and row sum, without the sink. Parts have [B, Hq, Lq] such rows.
+// 16 floats before its end row maximum and row sum, without the sink. A part has [Hq, Lq] such rows, of one sequence.
 FASTATTN_FN int64_t partial_row_floats(const AttentionParams& p) { return (p.Dv + 15) / 16 * 16 + 16; }
-FASTATTN_FN float* partial_row(const AttentionParams& p, float* part, int64_t b, int64_t hq, int64_t i) {
-  return part + ((b * p.Hq + hq) * p.Lq + i) * partial_row_floats(p);
+FASTATTN_FN float* partial_row(const AttentionParams& p, float* part, int64_t hq, int64_t i) {
+  return part + (hq * p.Lq + i) * partial_row_floats(p);
 }
 FASTATTN_FN float* partial_state(const AttentionParams& p, float* row) { return row + partial_row_floats(p) - 16; }
 
@@ -61,7 +67,8 @@ struct KernelTable {
   size_t (*decode_scratch_bytes)(const AttentionParams&);
   void (*decode_item)(const AttentionParams&, const DecodeItem&, void* scratch);
   // Adds up the parts [0, parts) of the rows [i0, i1) of one (b, hq), `part_floats` apart, and writes the rows.
-  void (*merge_rows)(const AttentionParams&, const ForwardItem&, float* first_part, int64_t parts, int64_t part_floats);
+  void (*merge_rows)(const AttentionParams&, const ForwardItem&, float* first_part, int64_t parts,
+                     int64_t part_floats);
 
   size_t (*backward_scratch_bytes)(const AttentionGradParams&, int64_t chunk_keys, bool dq_in_scratch, bool is_hard);
   void (*backward_task)(const AttentionGradParams&, const BackwardTask&, void* scratch);
