@@ -1,6 +1,7 @@
 // The float64 path: plain, readable algorithms with every feature, for gradcheck and as the C++ tests' oracle.
 #pragma once
 
+#include "core/cache.h"
 #include "core/params.h"
 #include "cpu/parallel.h"
 
@@ -13,5 +14,6 @@ void plain_backward_f64(const AttentionGradParams& params, const Parallel& paral
 void plain_hard_forward_f64(const HardAttentionParams& params, const Parallel& parallel);
 void plain_hard_backward_f64(const HardAttentionGradParams& params, const Parallel& parallel);
 void plain_summary_f64(const SummaryParams& params, const Parallel& parallel);
+void plain_append_f64(const CacheAppendParams& params);
 
 }  // namespace fastattn::cpu
