@@ -8,6 +8,7 @@ from fastattn._additive import additive_attention
 from fastattn._attention import attention
 from fastattn._hard import HardAttentionOutput, hard_attention
 from fastattn._info import Info, info
+from fastattn._kv_cache import attention_with_kv_cache
 from fastattn._plot import plot_attention
 from fastattn._replace import ServedModules, replace_modules, restore_modules, served_modules
 from fastattn._sdpa import (
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "attention_summary",
     "attention_weights",
+    "attention_with_kv_cache",
     "hard_attention",
     "info",
     "merge_attention_states",

@@ -22,7 +22,7 @@ _MARKS: dict[str, type[Exception]] = {
 }
 
 # The arguments for which None does not stand for "not given".
-_REQUIRED = ("q", "k", "v", "w", "dropout_p", "temperature")
+_REQUIRED = ("q", "k", "v", "k_cache", "v_cache", "cache_lengths", "w", "dropout_p", "temperature")
 
 
 def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) -> Exception:

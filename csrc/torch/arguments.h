@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "core/cache.h"
 #include "core/params.h"
 
 namespace fastattn {
@@ -71,6 +72,24 @@ struct SummaryArguments {
   bool need_mass;
 };
 
+// A cache, to be appended to and attended over. Shapes: see core/cache.h and fastattn/_kv_cache.py.
+struct KvCacheArguments {
+  const AttentionArguments& attention;  // its k and v are the caches, and it has no kv_lengths
+  const std::optional<Tensor>& k;       // what is appended; both or none
+  const std::optional<Tensor>& v;
+  const Tensor& cache_lengths;
+  const std::optional<Tensor>& block_table;
+  const std::optional<Tensor>& k_scale;  // int8 caches; both or none
+  const std::optional<Tensor>& v_scale;
+  const std::optional<Tensor>& rotary_cos;  // both or none
+  const std::optional<Tensor>& rotary_sin;
+  bool rotary_interleaved;
+};
+struct KvCacheParams {
+  AttentionParams attention;
+  CacheAppendParams append;
+};
+
 // Throw std::invalid_argument, before anything is allocated, when an argument breaks a rule. What is returned has
 // sizes, dtypes and numbers filled in, and no pointer yet. for_cuda: with the limits of the CUDA kernels; the tensors
 // may be stand-ins on the CPU.
@@ -78,6 +97,10 @@ AttentionParams check_attention(const AttentionArguments& arguments, bool for_cu
 AttentionParams check_attention_grad(const AttentionGradArguments& arguments, bool for_cuda);
 AttentionParams check_hard_attention_grad(const HardAttentionGradArguments& arguments, bool for_cuda);
 AttentionParams check_summary(const SummaryArguments& arguments, bool for_cuda);
+KvCacheParams check_kv_cache(const KvCacheArguments& arguments, bool for_cuda);
+// The rest of the rules, which only real tensors keep or break: where they lie in memory, and, on the CPU, the values of
+// lengths and tables. After check_kv_cache, and before anything is written.
+void check_kv_cache_contents(const KvCacheArguments& arguments, const KvCacheParams& params);
 void check_dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p);
 
 }  // namespace fastattn
