@@ -6,6 +6,7 @@ from fastattn import _provider as _provider  # makes fastattn known to torch.nn.
 from fastattn import nn, reference
 from fastattn._additive import additive_attention
 from fastattn._attention import attention
+from fastattn._cache import KVCache
 from fastattn._hard import HardAttentionOutput, hard_attention
 from fastattn._info import Info, info
 from fastattn._kv_cache import attention_with_kv_cache
@@ -20,12 +21,14 @@ from fastattn._sdpa import (
     sdpa_calls,
 )
 from fastattn._summary import AttentionSummary, attention_summary
+from fastattn._varlen import varlen_attention
 from fastattn._weights import attention_weights, merge_attention_states
 
 __all__ = [
     "AttentionSummary",
     "HardAttentionOutput",
     "Info",
+    "KVCache",
     "SdpaCalls",
     "ServedModules",
     "additive_attention",
@@ -47,4 +50,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "sdpa_calls",
     "served_modules",
+    "varlen_attention",
 ]

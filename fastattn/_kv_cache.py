@@ -305,9 +305,7 @@ def _autocast(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tensor) ->
         return [q, k, v]
     is_float = k_cache.is_floating_point()
     dtype = k_cache.dtype if is_float else torch.get_autocast_dtype(q.device.type)
-    return [
-        x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v)
-    ]
+    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v)]
 
 
 def _refuse_gradients(tensors: tuple[Tensor | None, ...]) -> None:

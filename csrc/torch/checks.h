@@ -9,8 +9,8 @@
 
 namespace fastattn {
 
-void check_rank(const char* name, const Tensor& tensor, const OperatorTexts& texts);  // of four dimensions
-void check_device(const char* name, const Tensor& tensor, const Tensor& q);           // q's
+void check_rank(const char* name, const Tensor& tensor, int64_t rank, const OperatorTexts& texts);
+void check_device(const char* name, const Tensor& tensor, const Tensor& q);  // q's
 DType check_query_dtype(const Tensor& q);
 void check_same_dtype(const char* name, const Tensor& tensor, DType dtype);         // q's dtype
 void check_accumulator_dtype(const char* name, const Tensor& tensor, DType dtype);  // of q's dtype

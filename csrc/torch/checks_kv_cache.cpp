@@ -71,9 +71,9 @@ void check_cache_dtype(const char* name, const Tensor& cache, bool has_scales, D
 void check_cache_shapes(const KvCacheArguments& a, KvCacheParams* params) {
   AttentionParams& p = params->attention;
   const Tensor &q = a.attention.q, &k_cache = a.attention.k, &v_cache = a.attention.v;
-  check_rank("q", q, a.attention.texts);
-  check_rank("k_cache", k_cache, a.attention.texts);
-  check_rank("v_cache", v_cache, a.attention.texts);
+  check_rank("q", q, 4, a.attention.texts);
+  check_rank("k_cache", k_cache, 4, a.attention.texts);
+  check_rank("v_cache", v_cache, 4, a.attention.texts);
   p.B = q.size(0), p.Hq = q.size(1), p.Lq = q.size(2), p.D = q.size(3);
   p.Hkv = k_cache.size(1), p.Dv = v_cache.size(3);
   const bool is_paged = a.block_table.has_value();
@@ -133,8 +133,8 @@ void check_append(const KvCacheArguments& a, KvCacheParams* params) {
   if (!a.k) return;
   check_same_dtype("k", *a.k, p.dtype);
   check_same_dtype("v", *a.v, p.dtype);
-  check_rank("k", *a.k, a.attention.texts);
-  check_rank("v", *a.v, a.attention.texts);
+  check_rank("k", *a.k, 4, a.attention.texts);
+  check_rank("v", *a.v, 4, a.attention.texts);
   append.Lnew = a.k->size(2);
   check_shape("k", *a.k, {p.B, p.Hkv, append.Lnew, p.D}, "(B, Hkv, Lnew, D), as q and k_cache have them,");
   check_shape("v", *a.v, {p.B, p.Hkv, append.Lnew, p.Dv}, "(B, Hkv, Lnew, Dv), as k and v_cache have them,");

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> attention_with_kv_cache(const KvCacheArguments& a) {
   const CacheInputs cache_inputs = point_at_cache(a, &params);
 
   // Everything that there may be no memory for comes before the first byte that is written.
-  Tensor o = empty_rows_like(q, p.B, p.Hq, p.Lq, p.Dv);
+  Tensor o = empty_rows_like(q, {p.B, p.Hq, p.Lq, p.Dv});
   Tensor lse = empty_contiguous(std::array{p.B, p.Hq, p.Lq}, dtype_code(accumulator_dtype(p.dtype)), device);
   p.kv_lengths = append.cache_lengths;
   std::optional<Tensor> new_lengths, rotated_q;
