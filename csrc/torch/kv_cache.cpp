@@ -34,10 +34,10 @@ CacheInputs point_at_cache(const KvCacheArguments& a, KvCacheParams* params) {
   if (a.k_scale) {
     p.k_scale = append.k_scale = static_cast<float*>(a.k_scale->mutable_data_ptr());
     p.v_scale = append.v_scale = static_cast<float*>(a.v_scale->mutable_data_ptr());
-    row_strides(*a.k_scale, append.k_scale_stride);
-    row_strides(*a.v_scale, append.v_scale_stride);
-    row_strides(*a.k_scale, p.k_scale_stride);
-    row_strides(*a.v_scale, p.v_scale_stride);
+    for (int i = 0; i < 3; ++i) {
+      p.k_scale_stride[i] = append.k_scale_stride[i] = a.k_scale->stride(i);
+      p.v_scale_stride[i] = append.v_scale_stride[i] = a.v_scale->stride(i);
+    }
   }
   if (a.k) {
     inputs.k = with_contiguous_rows(*a.k);
