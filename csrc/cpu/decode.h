@@ -38,6 +38,7 @@ struct FloatKeys {
   using Raw = typename Element::Raw;
   using Unit = Float32Unit;
   static constexpr bool kPairs = false;
+  static constexpr bool kScaled = sizeof(Raw) == 1;
   static constexpr int kExp2Degree = 5;
   FASTATTN_FN int64_t units(int64_t columns) { return round_up(columns, 4); }  // of a row of K, in whole quads
   // Are rows of K read as they lie?
@@ -52,6 +53,7 @@ struct Bf16Keys {
   using Raw = uint16_t;
   using Unit = Bf16Pair;
   static constexpr bool kPairs = true;
+  static constexpr bool kScaled = false;  // by a number for each key
   static constexpr int kExp2Degree = 3;
   FASTATTN_FN int64_t units(int64_t columns) { return round_up((columns + 1) / 2, 4); }
   FASTATTN_FN bool in_place(int64_t columns) { return columns % 8 == 0; }
@@ -66,6 +68,7 @@ struct DecodeBlock {
   int64_t j0, nk;
   const char* k[kDecodeKeys];
   const char* v[kDecodeKeys];
+  float k_scale[kDecodeKeys], v_scale[kDecodeKeys];  // of an int8 cache
 };
 
 // One worker's memory.
@@ -122,12 +125,24 @@ inline void find_rows(const AttentionParams& p, const DecodeItem& item, int64_t 
     const KeyRun run = key_run(p, item.b, j0 + c, j0 + nk);
     const Raw* k = row_at<const Raw>(p.k, p.k_stride, run.batch, hkv, run.row);
     const Raw* v = row_at<const Raw>(p.v, p.v_stride, run.batch, hkv, run.row);
-    for (int64_t t = 0; t < run.count; ++t, ++c) {
-      block->k[c] = reinterpret_cast<const char*>(k + t * p.k_stride[2]);
-      block->v[c] = reinterpret_cast<const char*>(v + t * p.v_stride[2]);
+    for (int64_t t = 0; t < run.count; ++t) {
+      block->k[c + t] = reinterpret_cast<const char*>(k + t * p.k_stride[2]);
+      block->v[c + t] = reinterpret_cast<const char*>(v + t * p.v_stride[2]);
     }
+    if constexpr (Keys::kScaled) {
+      const float* k_scale = row_at<const float>(p.k_scale, p.k_scale_stride, run.batch, hkv, run.row);
+      const float* v_scale = row_at<const float>(p.v_scale, p.v_scale_stride, run.batch, hkv, run.row);
+      for (int64_t t = 0; t < run.count; ++t) {
+        block->k_scale[c + t] = k_scale[t * p.k_scale_stride[2]];
+        block->v_scale[c + t] = v_scale[t * p.v_scale_stride[2]];
+      }
+    }
+    c += run.count;
   }
-  for (int64_t c = nk; c < kDecodeKeys; ++c) block->k[c] = block->v[c] = zeros;
+  for (int64_t c = nk; c < kDecodeKeys; ++c) {
+    block->k[c] = block->v[c] = zeros;
+    if constexpr (Keys::kScaled) block->k_scale[c] = block->v_scale[c] = 0.0f;
+  }
 }
 
 // Into the second-level cache: the first would have to give up what is at work.
@@ -320,6 +335,9 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
   const float rest = are_modified ? 1.0f : factor;  // still to be applied, and positive
   for (int64_t r = 0; r < rows; ++r) {
     float* s = scratch.s + r * kDecodeKeys;
+    if constexpr (Keys::kScaled) {
+      for (int64_t c = 0; c < block.nk; c += kLanes) vstore(s + c, vmul(vload(s + c), vload(block.k_scale + c)));
+    }
     if (are_modified) {
       const uint64_t* keep = kind == TileKind::kPartial ? scratch.keep + r * kKeyWords : nullptr;
       modify_row(p, g, item, block, r, factor, keep, s);
@@ -346,7 +364,7 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
       for (int64_t c = 0; c < block.nk; c += kLanes) {
         const Vf w = vexp(vsub(vload(s + c), base));
         sum = vadd(sum, w);
-        vstore(s + c, w);
+        vstore(s + c, Keys::kScaled ? vmul(w, vload(block.v_scale + c)) : w);
       }
     }
 #if FASTATTN_BF16_DOT

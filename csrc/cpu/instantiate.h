@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward.h"
+#include "cpu/cache.h"
 #include "cpu/decode.h"
 #include "cpu/forward.h"
 #include "cpu/hard.h"
@@ -47,6 +48,7 @@ size_t decode_scratch_bytes(const AttentionParams& p) {
 
 void decode_item(const AttentionParams& p, const DecodeItem& item, void* scratch) {
   char* memory = static_cast<char*>(scratch);
+  if (p.k_scale != nullptr) return decode_item_as<FloatKeys<Int8>>(p, item, memory);
   switch (p.dtype) {
     case DType::kBFloat16:
 #if FASTATTN_BF16_DOT
@@ -118,6 +120,25 @@ void key_mass_item(const SummaryParams& sp, const KeyMassItem& item, void* scrat
                 [&]<class Operands>() { key_mass_item_as<Operands>(sp, item, static_cast<char*>(scratch)); });
 }
 
+size_t append_scratch_bytes(const CacheAppendParams& p) {
+  size_t bytes = 0;
+  append_scratch(p, nullptr, &bytes);
+  return bytes;
+}
+
+void append_item(const CacheAppendParams& p, const AppendItem& item, void* scratch) {
+  char* memory = static_cast<char*>(scratch);
+  if (p.k_scale != nullptr) return decode_item_as<FloatKeys<Int8>>(p, item, memory);
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return append_item_as<BFloat16>(p, item, memory);
+    case DType::kFloat16:
+      return append_item_as<Float16>(p, item, memory);
+    default:
+      return append_item_as<Float32>(p, item, memory);
+  }
+}
+
 // Independent chains of multiply-adds, as many as the register file holds beside their operands: the peak that the
 // benchmark compares with.
 template <class Unit>
@@ -149,9 +170,24 @@ double multiply_adds(DType dtype, int64_t rounds, float* sink) {
 }  // namespace
 
 const KernelTable kernels = {
-    forward_scratch_bytes, forward_item, decode_scratch_bytes, decode_item, merge_rows, backward_scratch_bytes, backward_task, reduce_dq,
-    hard_scratch_bytes,    hard_item,    summary_scratch_bytes,  summary_item,  key_mass_scratch_bytes,
-    key_mass_item,         2 * kLanes,   multiply_adds,
+    forward_scratch_bytes,
+    forward_item,
+    decode_scratch_bytes,
+    decode_item,
+    merge_rows,
+    backward_scratch_bytes,
+    backward_task,
+    reduce_dq,
+    hard_scratch_bytes,
+    hard_item,
+    summary_scratch_bytes,
+    summary_item,
+    key_mass_scratch_bytes,
+    key_mass_item,
+    append_scratch_bytes,
+    append_item,
+    2 * kLanes,
+    multiply_adds,
 };
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

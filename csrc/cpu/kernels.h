@@ -6,6 +6,7 @@
 
 #include <cstddef>
 
+#include "core/cache.h"
 #include "core/macros.h"
 #include "core/params.h"
 
@@ -24,7 +25,7 @@ struct ForwardItem {
 // Up to this many scores a head is a matter of dot products, not of tiles: see small.h.
 constexpr int64_t kSmallScoresForward = 36;
 FASTATTN_FN bool is_small_forward(const AttentionParams& p) {
-  return p.w == nullptr && p.Lq * p.Lk <= kSmallScoresForward;
+  return p.w == nullptr && p.block_table == nullptr && p.k_scale == nullptr && p.Lq * p.Lk <= kSmallScoresForward;
 }
 
 // All rows of the query heads [hq0, hq1) of one sequence, which share a key head, over the keys [j0, j1): few rows, at
@@ -60,6 +61,11 @@ struct KeyMassItem {
   int64_t b, hq, j0, j1;
 };
 
+// The new tokens [t0, t1) of sequence b, with all their heads.
+struct AppendItem {
+  int64_t b, t0, t1;
+};
+
 struct KernelTable {
   size_t (*forward_scratch_bytes)(const AttentionParams&);
   void (*forward_item)(const AttentionParams&, const ForwardItem&, void* scratch);
@@ -84,6 +90,9 @@ struct KernelTable {
   // After the items of all rows, whose row_max and row_sum it reads.
   size_t (*key_mass_scratch_bytes)(const SummaryParams&, int64_t chunk_keys);
   void (*key_mass_item)(const SummaryParams&, const KeyMassItem&, void* scratch);
+
+  size_t (*append_scratch_bytes)(const CacheAppendParams&);
+  void (*append_item)(const CacheAppendParams&, const AppendItem&, void* scratch);
 
   int64_t dq_padding;  // rows of dq partials hold a multiple of this many floats
 

@@ -115,6 +115,13 @@ FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_f16(x));
 }
 
+FASTATTN_FN Vf vload_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+FASTATTN_FN Vf vload_i8_first(const int8_t* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
+
 FASTATTN_FN Vf vload_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 // Pairs of vectors are interleaved and added twice: first halves of quads, then what is left of them.
 FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) {

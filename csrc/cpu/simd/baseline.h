@@ -185,6 +185,13 @@ FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
 }
 FASTATTN_FN void vstore_f16(uint16_t* p, Vf x) { vstore_f16_first(p, x, kLanes); }
 
+FASTATTN_FN Vf vload_i8_first(const int8_t* p, int64_t n) {
+  Vf x = vzero();
+  for (int64_t l = 0; l < kLanes && l < n; ++l) x[l] = static_cast<float>(p[l]);
+  return x;
+}
+FASTATTN_FN Vf vload_i8(const int8_t* p) { return vload_i8_first(p, kLanes); }
+
 // The same four numbers in every quad of lanes.
 FASTATTN_FN Vf vload_quad(const float* p) { return vload(p); }
 // Number c of quad q: the sum of quad q of the c-th vector.
