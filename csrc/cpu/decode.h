@@ -1,68 +1,25 @@
 // Few query rows over many keys (decoding), forward: o = softmax(scores) v as fast as K and V can be read.
 //
 // The rows of an item are those of all its query heads, which share one key head: what is read of K and V is read once
-// for all of them. It takes the keys in blocks, whose scores, [row][key], stay in the first-level cache:
-//
-//   S = Q K^T    four units of a key's row are broadcast to the quads of a vector, where they meet the same units of as
-//                many query rows, one in each quad. Of a score four sums are left to add, not as many as lanes.
-//   O = P V      lanes are head dims: a weight, broadcast, times a row of V. bfloat16 dot products take two keys at a
-//                time, whose rows are interleaved in registers.
+// for all of them. It takes the keys in blocks, whose scores, [row][key], stay in the first-level cache, and whose
+// products are those of decode_products.h.
 //
 // Every key has a pointer to its row, so that rows a stride apart, rows in pages (core/sequence.h) and a row of zeros
-// in place of a block's missing last keys are all the same to the products. The rows of V are fetched while the scores
-// are computed, and the next block's rows of K during P V, so that memory never waits for arithmetic.
+// in place of a block's missing last keys are all the same to the products. While they compute, the rows of the next
+// block are fetched, so that memory never waits for arithmetic: against leaving that to the processor, 1.5 to 2.5 times
+// the rate (Zen 4, keys and values that no cache holds).
 //
 // Online softmax over the blocks as in forward.h. An item may be a part of the keys: it then leaves its sums, and
 // merge_item_as adds up the parts. Handles everything in core/params.h but dropout, additive scores and float64.
 #pragma once
 
 #include "core/sequence.h"
+#include "cpu/decode_products.h"
 #include "cpu/scores.h"
 #include "cpu/small.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
-
-// Keys of a block: as many as leave scores and weights in the first-level cache, and the next block's rows in the second.
-constexpr int64_t kDecodeKeys = 64;
-constexpr int64_t kKeyWords = kDecodeKeys / 64;     // 64 keys in a word of a mask
-constexpr int64_t kQuads = kLanes / 4;              // query rows in a vector of the product Q K^T
-constexpr int64_t kRowTile = 4;                     // rows of an item are padded to whole tiles
-constexpr int64_t kKeyGroup = 8;                    // keys whose scores are computed together
-static_assert(kRowTile % kQuads == 0);
-
-// What the products read of rows of K and V, by the arithmetic: floats, into which elements are widened, or bfloat16.
-template <class ElementType>
-struct FloatKeys {
-  using Element = ElementType;
-  using Raw = typename Element::Raw;
-  using Unit = Float32Unit;
-  static constexpr bool kPairs = false;
-  static constexpr bool kScaled = sizeof(Raw) == 1;
-  static constexpr int kExp2Degree = 5;
-  FASTATTN_FN int64_t units(int64_t columns) { return round_up(columns, 4); }  // of a row of K, in whole quads
-  // Are rows of K read as they lie?
-  FASTATTN_FN bool in_place(int64_t columns) { return sizeof(Raw) == sizeof(float) && columns % 4 == 0; }
-  FASTATTN_FN void copy(float* to, const char* row, int64_t columns) {
-    widen_rows<Element>(to, 0, reinterpret_cast<const Raw*>(row), 0, 1, columns, 1, round_up(columns, kLanes));
-  }
-};
-#if FASTATTN_BF16_DOT
-struct Bf16Keys {
-  using Element = BFloat16;
-  using Raw = uint16_t;
-  using Unit = Bf16Pair;
-  static constexpr bool kPairs = true;
-  static constexpr bool kScaled = false;  // by a number for each key
-  static constexpr int kExp2Degree = 3;
-  FASTATTN_FN int64_t units(int64_t columns) { return round_up((columns + 1) / 2, 4); }
-  FASTATTN_FN bool in_place(int64_t columns) { return columns % 8 == 0; }
-  FASTATTN_FN void copy(float* to, const char* row, int64_t columns) {
-    copy_pairs(reinterpret_cast<uint16_t*>(to), 0, reinterpret_cast<const uint16_t*>(row), 0, 1, columns, 1,
-               round_up(columns, 2 * kLanes));
-  }
-};
-#endif
 
 struct DecodeBlock {
   int64_t j0, nk;
@@ -73,12 +30,13 @@ struct DecodeBlock {
 
 // One worker's memory.
 struct DecodeScratch {
-  float* q;        // [rows / kQuads][units / 4][kLanes]: a quad of units of each row; in float arithmetic times scale
-  float* s;        // [rows][kDecodeKeys] scores, then weights; those of pairs in the first half of a row
-  float* o;        // [rows][padded Dv], not yet divided by the row sums
+  float* q;  // [rows / kQuads][units / 4][kLanes]: a quad of units of each row; in float arithmetic times scale
+  float* s;  // [rows][kDecodeKeys] scores, then weights; those of pairs in the first half of a row
+  float* o;  // [rows][padded Dv], not yet divided by the row sums
   RowScratch rows;
   float* block_max;    // [rows]
   float* sinks;        // [rows]
+  float* quantum;      // [rows] scale times the value of a quantum of q, where q is quantised
   uint64_t* keep;      // [rows][kKeyWords], bit c for key c of the block
   float* k;            // [kKeyGroup][padded D], where K is not read as it lies
   char* zeros;         // a row of zeros
@@ -86,17 +44,18 @@ struct DecodeScratch {
 };
 
 // Floats of a row of scratch.
-FASTATTN_FN int64_t decode_width(int64_t columns) { return round_up(columns, kLanes > 8 ? 2 * kLanes : 16); }
+FASTATTN_FN int64_t decode_width(int64_t columns) { return round_up(columns, 4 * kLanes); }
 
 inline DecodeScratch decode_scratch(const AttentionParams& p, char* memory, size_t* bytes) {
   Arena arena{memory};
   DecodeScratch s;
-  s.q = arena.take<float>(kBlockRows * decode_width(p.D));
+  s.q = arena.take<float>(kBlockRows * (decode_width(p.D) + kLanes));
   s.s = arena.take<float>(kBlockRows * kDecodeKeys);
   s.o = arena.take<float>(kBlockRows * decode_width(p.Dv));
   s.rows = row_scratch(&arena);
   s.block_max = arena.take<float>(kBlockRows);
   s.sinks = arena.take<float>(kBlockRows);
+  s.quantum = arena.take<float>(kBlockRows);
   s.keep = arena.take<uint64_t>(kBlockRows * kKeyWords);
   s.k = arena.take<float>(kKeyGroup * decode_width(p.D));
   s.zeros = arena.take<char>(4 * decode_width(max_i64(p.D, p.Dv)));
@@ -145,18 +104,13 @@ inline void find_rows(const AttentionParams& p, const DecodeItem& item, int64_t 
   }
 }
 
-// Into the second-level cache: the first would have to give up what is at work.
-FASTATTN_FN void fetch_row(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
 // ---- S = Q K^T -----------------------------------------------------------------------------------------------------
 
 template <class Keys, class Element>
 inline void pack_queries(const AttentionParams& p, const DecodeItem& item, int64_t rows, const DecodeScratch& scratch) {
   using Raw = typename Element::Raw;
-  const int64_t units = Keys::units(p.D);
-  const Vf scale = vset(static_cast<float>(p.scale));
+  const int64_t units = Keys::units(p.D), width = decode_width(p.D);
+  const Vf scale = vset(Keys::kQuantises ? 1.0f : static_cast<float>(p.scale));
   float* row = scratch.k;
   for (int64_t r = 0; r < round_up(rows, kRowTile); ++r) {
     if (r < rows) {
@@ -165,63 +119,28 @@ inline void pack_queries(const AttentionParams& p, const DecodeItem& item, int64
       if constexpr (Keys::kPairs) {
         Keys::copy(row, reinterpret_cast<const char*>(q), p.D);
       } else {
-        for (int64_t d = 0; d < p.D; d += kLanes) vstore(row + d, vmul(scale, Element::load_first(q + d, p.D - d)));
+        for (int64_t d = 0; d < width; d += kLanes) {
+          vstore(row + d, d < p.D ? vmul(scale, Element::load_first(q + d, p.D - d)) : vzero());
+        }
       }
     } else {
-      memset(row, 0, sizeof(float) * static_cast<size_t>(units));
+      memset(row, 0, sizeof(float) * static_cast<size_t>(width));
     }
+#if FASTATTN_BF16_DOT
+    if constexpr (Keys::kQuantises) {
+      scratch.quantum[r] = static_cast<float>(p.scale) * quantise_query(row, units, r, scratch.q);
+      continue;
+    }
+#endif
     float* to = scratch.q + r / kQuads * units * kQuads + r % kQuads * 4;
     for (int64_t u = 0; u < units; u += 4) memcpy(to + u * kQuads, row + u, 4 * sizeof(float));
   }
 }
 
-template <class Unit>
-FASTATTN_FN typename Unit::Operand load_quad(const char* p) {
-  const Vf x = vload_quad(reinterpret_cast<const float*>(p));
-  if constexpr (__is_same(Unit, Float32Unit)) {
-    return x;
-  } else {
-    return vbits_as_int(x);
-  }
-}
-
-// Scores of NK keys for NG vectors of rows.
-template <class Unit, int NG, int NK>
-FASTATTN_FN void score_keys(const char* const* k, const float* q, int64_t units, float* s) {
-  const char* row[NK];
-  Vf acc[NG][NK];
-#pragma GCC unroll 8
-  for (int c = 0; c < NK; ++c) {
-    row[c] = k[c];
-#pragma GCC unroll 2
-    for (int g = 0; g < NG; ++g) acc[g][c] = vzero();
-  }
-  const char* from = reinterpret_cast<const char*>(q);
-  for (int64_t at = 0; at < units * 4; at += 16) {
-    typename Unit::Operand rows[NG];
-#pragma GCC unroll 2
-    for (int g = 0; g < NG; ++g) rows[g] = Unit::load(from + (g * units * 4 + at) * kQuads);
-#pragma GCC unroll 8
-    for (int c = 0; c < NK; ++c) {
-      const typename Unit::Operand key = load_quad<Unit>(row[c] + at);
-#pragma GCC unroll 2
-      for (int g = 0; g < NG; ++g) acc[g][c] = Unit::multiply_add(rows[g], key, acc[g][c]);
-    }
-  }
-#pragma GCC unroll 2
-  for (int g = 0; g < NG; ++g) {
-#pragma GCC unroll 2
-    for (int c = 0; c < NK; c += 4) {
-      vstore_quads(s + g * kQuads * kDecodeKeys + c, kDecodeKeys,
-                   vadd_quads(acc[g][c], acc[g][c + 1], acc[g][c + 2], acc[g][c + 3]));
-    }
-  }
-}
-
 // s[row][key] of a block.
 template <class Keys>
-inline void score_block(const AttentionParams& p, const DecodeBlock& block, const DecodeBlock* next, int64_t rows, const DecodeScratch& scratch) {
-  using Unit = typename Keys::Unit;
+inline void score_block(const AttentionParams& p, const DecodeBlock& block, const DecodeBlock* next, int64_t rows,
+                        const DecodeScratch& scratch) {
   constexpr int kPaired = kPanelVectors == 4 ? 8 : 4;  // keys beside two vectors of rows, in 32 or 16 registers
   const int64_t units = Keys::units(p.D), width = decode_width(p.D);
   const int64_t k_bytes = p.D * static_cast<int64_t>(sizeof(typename Keys::Raw));
@@ -237,13 +156,23 @@ inline void score_block(const AttentionParams& p, const DecodeBlock& block, cons
       for (int64_t t = 0; t < kKeyGroup; ++t) Keys::copy(scratch.k + t * width, k[t], p.D);
       k = copies;
     }
-    int64_t r = 0;
-    for (; r + kQuads < rows; r += 2 * kQuads) {
-      for (int64_t t = 0; t < kKeyGroup; t += kPaired) {
-        score_keys<Unit, 2, kPaired>(k + t, scratch.q + r * units, units, scratch.s + r * kDecodeKeys + c + t);
+    if constexpr (!Keys::kQuantises) {
+      int64_t r = 0;
+      for (; r + kQuads < rows; r += 2 * kQuads) {
+        for (int64_t t = 0; t < kKeyGroup; t += kPaired) {
+          score_keys<Keys, 2, kPaired>(k + t, scratch.q + r * units, units, scratch.s + r * kDecodeKeys + c + t);
+        }
+      }
+      if (r < rows) score_keys<Keys, 1, kKeyGroup>(k, scratch.q + r * units, units, scratch.s + r * kDecodeKeys + c);
+    }
+#if FASTATTN_BF16_DOT
+    else {
+      for (int64_t r = 0; r < rows; r += kQuads) {
+        score_keys_int8(k, scratch.q + r / kQuads * quantised_query_floats(units), units,
+                        scratch.s + r * kDecodeKeys + c);
       }
     }
-    if (r < rows) score_keys<Unit, 1, kKeyGroup>(k, scratch.q + r * units, units, scratch.s + r * kDecodeKeys + c);
+#endif
   }
 }
 
@@ -264,9 +193,9 @@ inline TileKind block_mask(const AttentionParams& p, const MaskGeometry& g, cons
       uint64_t bits = low_bits(last) & ~low_bits(clamp_i64(begin - w * 64, 0, last));
       if (bits != 0 && p.mask != nullptr) {
         const int64_t* stride = p.mask_stride;
-        bits &= nonzero_bits(p.mask + item.b * stride[0] + at.hq * stride[1] + at.i * stride[2] +
-                                 (block.j0 + w * 64) * stride[3],
-                             stride[3], n);
+        bits &= nonzero_bits(
+            p.mask + item.b * stride[0] + at.hq * stride[1] + at.i * stride[2] + (block.j0 + w * 64) * stride[3],
+            stride[3], n);
       }
       keep[r * kKeyWords + w] = bits;
       any = any || bits != 0;
@@ -330,13 +259,15 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
                         const DecodeBlock& block, TileKind kind, int64_t rows, const DecodeScratch& scratch) {
   const float factor = Keys::kPairs ? static_cast<float>(p.scale) : 1.0f;
   // Lanes beyond the block's last key hold anything: they are hidden as keys are.
-  const bool are_modified =
-      has_modifiers(p) || factor <= 0.0f || kind == TileKind::kPartial || block.nk % kLanes != 0;
+  const bool are_modified = has_modifiers(p) || factor <= 0.0f || kind == TileKind::kPartial || block.nk % kLanes != 0;
   const float rest = are_modified ? 1.0f : factor;  // still to be applied, and positive
   for (int64_t r = 0; r < rows; ++r) {
     float* s = scratch.s + r * kDecodeKeys;
     if constexpr (Keys::kScaled) {
-      for (int64_t c = 0; c < block.nk; c += kLanes) vstore(s + c, vmul(vload(s + c), vload(block.k_scale + c)));
+      const Vf quantum = vset(Keys::kQuantises ? scratch.quantum[r] : 1.0f);
+      for (int64_t c = 0; c < block.nk; c += kLanes) {
+        vstore(s + c, vmul(vload(s + c), vmul(quantum, vload(block.k_scale + c))));
+      }
     }
     if (are_modified) {
       const uint64_t* keep = kind == TileKind::kPartial ? scratch.keep + r * kKeyWords : nullptr;
@@ -362,7 +293,7 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
     Vf sum = vzero();
     if constexpr (!Keys::kPairs) {
       for (int64_t c = 0; c < block.nk; c += kLanes) {
-        const Vf w = vexp(vsub(vload(s + c), base));
+        const Vf w = vexp2<Keys::kExp2Degree>(vmul(vsub(vload(s + c), base), vset(kLog2e)));
         sum = vadd(sum, w);
         vstore(s + c, Keys::kScaled ? vmul(w, vload(block.v_scale + c)) : w);
       }
@@ -391,90 +322,33 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
 
 // ---- O = P V -------------------------------------------------------------------------------------------------------
 
-// o[r][d] = o[r][d] * rescale[r] + sum of weight times value, for RT rows and NV vectors of head dims from d0 on, or,
-// where kTail, for as many of them as there are. Pairs of keys take two vectors of head dims at a time.
-template <class Keys, int RT, int NV, bool kTail>
-FASTATTN_FN void sum_values(const float* w, const char* const* v, const char* const* next, int64_t nk, int64_t d0, int64_t columns,
-                            const float* rescale, float* o, int64_t o_width) {
-  using Element = typename Keys::Element;
-  using Raw = typename Keys::Raw;
-  Vf acc[RT][NV];
-#pragma GCC unroll 4
-  for (int r = 0; r < RT; ++r) {
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[r][n] = vzero();
-  }
-  const int64_t at = d0 * static_cast<int64_t>(sizeof(Raw));
-  if constexpr (!Keys::kPairs) {
-    for (int64_t c = 0; c < nk; ++c) {
-      const Raw* row = reinterpret_cast<const Raw*>(v[c] + at);
-      if (next != nullptr) fetch_row(next[c] + at, NV * kLanes * sizeof(Raw));
-      Vf x[NV];
-#pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) {
-        x[n] = kTail ? Element::load_first(row + n * kLanes, columns - d0 - n * kLanes) : Element::load(row + n * kLanes);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < RT; ++r) {
-        const Vf weight = vset(w[r * kDecodeKeys + c]);
-#pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[r][n] = vfma(weight, x[n], acc[r][n]);
-      }
-    }
-  }
-#if FASTATTN_BF16_DOT
-  else {
-    for (int64_t c = 0; c < nk; c += 2) {
-      const uint16_t* low = reinterpret_cast<const uint16_t*>(v[c] + at);
-      const uint16_t* high = reinterpret_cast<const uint16_t*>(v[c + 1] + at);
-      if (next != nullptr) {
-        fetch_row(next[c] + at, NV * kLanes * 2);
-        fetch_row(next[c + 1] + at, NV * kLanes * 2);
-      }
-      Vi x[NV];
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; n += 2) {
-        const int64_t left = kTail ? columns - d0 - n * kLanes : 2 * kLanes;
-        vinterleave_rows(vload_pairs_first(low + n * kLanes, left), vload_pairs_first(high + n * kLanes, left), &x[n],
-                         &x[n + 1]);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < RT; ++r) {
-        const Vi weights = Bf16Pair::broadcast(reinterpret_cast<const char*>(w + r * kDecodeKeys + c / 2));
-#pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[r][n] = vdot_bf16(acc[r][n], weights, x[n]);
-      }
-    }
-  }
-#endif
-#pragma GCC unroll 4
-  for (int r = 0; r < RT; ++r) {
-    const Vf factor = vset(rescale[r]);
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) {
-      float* to = o + r * o_width + d0 + n * kLanes;
-      vstore(to, vfma(vload(to), factor, acc[r][n]));
-    }
-  }
-}
-
 template <class Keys, int RT>
-inline void sum_values_of_rows(const AttentionParams& p, const DecodeBlock& block,
-                               const char* const* next, int64_t r,
+inline void sum_values_of_rows(const AttentionParams& p, const DecodeBlock& block, const char* const* next, int64_t r,
                                const DecodeScratch& scratch) {
-  // As many accumulators as registers allow; the fewer the rows, the more of a row of V is taken at a time.
-  constexpr int NV = kPanelVectors == 4 ? (RT == 4 ? 4 : 8) : RT == 4 ? 2 : 4;
-  constexpr int kTailVectors = Keys::kPairs ? 2 : 1;
-  const float* w = scratch.s + r * kDecodeKeys;
+  float* w = scratch.s + r * kDecodeKeys;
   const float* rescale = scratch.rows.rescale + r;
   const int64_t width = decode_width(p.Dv);
   float* o = scratch.o + r * width;
   int64_t d = 0;
-  for (; d + NV * kLanes <= p.Dv; d += NV * kLanes) {
-    sum_values<Keys, RT, NV, false>(w, block.v, next, block.nk, d, p.Dv, rescale, o, width);
+#if FASTATTN_BF16_DOT
+  if constexpr (Keys::kQuantises) {
+    WeightQuanta quanta[RT];
+    for (int t = 0; t < RT; ++t) quanta[t] = quantise_weights(w + t * kDecodeKeys, block.nk);
+    for (; d < p.Dv; d += kInt8Dims) {
+      sum_values_int8<RT>(w, block.v, next, block.nk, d, p.Dv, quanta, rescale, o, width);
+    }
   }
-  for (; d < p.Dv; d += kTailVectors * kLanes) {
-    sum_values<Keys, RT, kTailVectors, true>(w, block.v, next, block.nk, d, p.Dv, rescale, o, width);
+#endif
+  if constexpr (!Keys::kQuantises) {
+    // As many accumulators as registers allow; the fewer the rows, the more of a row of V is taken at a time.
+    constexpr int NV = kPanelVectors == 4 ? (RT == 4 ? 4 : 8) : RT == 4 ? 2 : 4;
+    constexpr int kTailVectors = Keys::kPairs ? 2 : 1;
+    for (; d + NV * kLanes <= p.Dv; d += NV * kLanes) {
+      sum_values<Keys, RT, NV, false>(w, block.v, next, block.nk, d, p.Dv, rescale, o, width);
+    }
+    for (; d < p.Dv; d += kTailVectors * kLanes) {
+      sum_values<Keys, RT, kTailVectors, true>(w, block.v, next, block.nk, d, p.Dv, rescale, o, width);
+    }
   }
 }
 
@@ -563,6 +437,11 @@ inline void decode_item_as(const AttentionParams& p, const DecodeItem& item, cha
       next = done;
     }
   }
+#if FASTATTN_BF16_DOT
+  if constexpr (Keys::kQuantises) {
+    for (int64_t r = 0; r < rows; ++r) order_dims(scratch.o + r * width, p.Dv);
+  }
+#endif
   if (item.partial != nullptr) {
     for (int64_t r = 0; r < rows; ++r) {
       const DecodeRow at = decode_row(p, item, r);

@@ -106,8 +106,8 @@ class ForwardPlan {
       const int64_t hkv = block / part.head_items, share = block % part.head_items, group = p.Hq / p.Hkv;
       const int64_t first = hkv * group;
       table_.decode_item(p,
-                         {part.b0, first + group * share / part.head_items, first + group * (share + 1) / part.head_items,
-                          j0, j1, partial},
+                         {part.b0, first + group * share / part.head_items,
+                          first + group * (share + 1) / part.head_items, j0, j1, partial},
                          scratch);
       return;
     }
@@ -160,8 +160,7 @@ void run_forward(const std::vector<AttentionParams>& problems, const Parallel& p
   drain(parallel, plan.items, workers, workspace.data() + partial_bytes, plan.scratch_bytes,
         [&](int64_t item, char* scratch) { plan.run(item, partials, scratch); });
   if (plan.merge_items == 0) return;
-  drain(parallel, plan.merge_items, workers, nullptr, 0,
-        [&](int64_t item, char*) { plan.merge(item, partials); });
+  drain(parallel, plan.merge_items, workers, nullptr, 0, [&](int64_t item, char*) { plan.merge(item, partials); });
 }
 
 void attention_forward(const AttentionParams& params, const Parallel& parallel) {

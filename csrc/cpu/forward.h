@@ -160,7 +160,8 @@ template <class Operands>
 inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, char* memory) {
   using Raw = typename Operands::Raw;
   const ForwardScratch scratch = forward_scratch<Operands>(p, memory, nullptr);
-  if (item.partial == nullptr && is_small_forward(p)) return small_forward<typename Operands::Element>(p, item.b, item.hq, scratch.ot);
+  if (item.partial == nullptr && is_small_forward(p))
+    return small_forward<typename Operands::Element>(p, item.b, item.hq, scratch.ot);
   WeightedSum<Operands> consumer{p, scratch};
   walk_scores<Operands>(p, item, item.j0, min_i64(item.j1, p.Lk), scratch.scores, consumer);
   if (item.partial != nullptr) return write_partial(p, item, scratch);

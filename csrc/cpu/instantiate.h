@@ -48,7 +48,12 @@ size_t decode_scratch_bytes(const AttentionParams& p) {
 
 void decode_item(const AttentionParams& p, const DecodeItem& item, void* scratch) {
   char* memory = static_cast<char*>(scratch);
-  if (p.k_scale != nullptr) return decode_item_as<FloatKeys<Int8>>(p, item, memory);
+  if (p.k_scale != nullptr) {
+#if FASTATTN_BF16_DOT
+    if (p.dtype == DType::kBFloat16) return decode_item_as<Int8Keys>(p, item, memory);
+#endif
+    return decode_item_as<FloatKeys<Int8>>(p, item, memory);
+  }
   switch (p.dtype) {
     case DType::kBFloat16:
 #if FASTATTN_BF16_DOT
@@ -128,7 +133,6 @@ size_t append_scratch_bytes(const CacheAppendParams& p) {
 
 void append_item(const CacheAppendParams& p, const AppendItem& item, void* scratch) {
   char* memory = static_cast<char*>(scratch);
-  if (p.k_scale != nullptr) return decode_item_as<FloatKeys<Int8>>(p, item, memory);
   switch (p.dtype) {
     case DType::kBFloat16:
       return append_item_as<BFloat16>(p, item, memory);

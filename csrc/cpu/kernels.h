@@ -73,8 +73,7 @@ struct KernelTable {
   size_t (*decode_scratch_bytes)(const AttentionParams&);
   void (*decode_item)(const AttentionParams&, const DecodeItem&, void* scratch);
   // Adds up the parts [0, parts) of the rows [i0, i1) of one (b, hq), `part_floats` apart, and writes the rows.
-  void (*merge_rows)(const AttentionParams&, const ForwardItem&, float* first_part, int64_t parts,
-                     int64_t part_floats);
+  void (*merge_rows)(const AttentionParams&, const ForwardItem&, float* first_part, int64_t parts, int64_t part_floats);
 
   size_t (*backward_scratch_bytes)(const AttentionGradParams&, int64_t chunk_keys, bool dq_in_scratch, bool is_hard);
   void (*backward_task)(const AttentionGradParams&, const BackwardTask&, void* scratch);

@@ -150,9 +150,7 @@ FASTATTN_FN Vf vload_i8_first(const int8_t* p, int64_t n) {
 }
 
 FASTATTN_FN Vf vload_quad(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
-FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) {
-  return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-}
+FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) { return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); }
 FASTATTN_FN void vstore_quads(float* p, int64_t stride, Vf x) {
   _mm_storeu_ps(p, _mm256_castps256_ps128(x));
   _mm_storeu_ps(p + stride, _mm256_extractf128_ps(x, 1));
