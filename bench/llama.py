@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,8 @@ class Llama:
     """The model in one dtype, its weights shared by the implementations."""
 
     def __init__(self, dtype: str) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         from fastattn.integrations.transformers import register
+        from transformers import LlamaConfig, LlamaForCausalLM
 
         register()
         torch.manual_seed(0)
@@ -220,6 +220,10 @@ def expected_logits(phase: Phase) -> Tensor:
         return runner.call().float()
 
 
+def _say_of(say: Callable[[str], None], phase: Phase, step: str) -> None:
+    say(f"{phase.id}: {step}")
+
+
 def measure_all(chosen: list[Phase], budget_s: float, say: Callable[[str], None] = lambda _: None) -> Iterator[Result]:
     """Raises WrongResult for logits that are off."""
     wanted: dict[tuple[str, int], Tensor] = {}
@@ -231,7 +235,7 @@ def measure_all(chosen: list[Phase], budget_s: float, say: Callable[[str], None]
             wanted[key] = expected_logits(phase)
         if llama is None or llama[0] != phase.dtype:
             llama = phase.dtype, Llama(phase.dtype)
-        yield measure(phase, llama[1], wanted[key], budget_s, lambda step, phase=phase: say(f"{phase.id}: {step}"))
+        yield measure(phase, llama[1], wanted[key], budget_s, partial(_say_of, say, phase))
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
