@@ -3,7 +3,7 @@
 transformers asks a mask function for a (B, 1, Lq, Lk) mask once per forward pass, and hands what it returns through the
 model's code to the attention function of each layer. A :class:`NativeMask` is a tensor for all that code: it has the
 shape and the dtype (bool, True = keep) of the mask, can be sliced to fewer keys, moved, detached and checkpointed.
-The attention function takes :meth:`NativeMask.options` from it, arguments of ``fastattn.attention``. An operation that
+The attention function takes arguments of ``fastattn.attention`` from it (:func:`options_of`). An operation that
 needs the elements after all (a model that adds a bias to its mask) makes them first: slower, and just as right.
 """
 
@@ -71,12 +71,13 @@ class NativeMask(Tensor):
         lengths: Tensor | None = None,
         ends: Tensor | None = None,
         sequences: Tensor | None = None,
+        nothing: Tensor | None = None,
     ) -> NativeMask:
         shape = (rule.B, 1, rule.Lq, rule.Lk)
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.rule = rule
         mask.keep, mask.lengths, mask.ends, mask.sequences = keep, lengths, ends, sequences
-        mask.nothing = torch.empty(0, dtype=torch.bool, device=device)
+        mask.nothing = torch.empty(0, dtype=torch.bool, device=device) if nothing is None else nothing
         return mask
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -87,7 +88,7 @@ class NativeMask(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], rule: Rule, size: Any, stride: Any) -> NativeMask:
-        return NativeMask(rule, parts["nothing"].device, **{name: parts.get(name) for name in _PARTS})
+        return NativeMask(rule, parts["nothing"].device, **parts)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -147,37 +148,6 @@ class NativeMask(Tensor):
             visible &= self.sequences[:, None, :, None] == self.sequences[:, None, None, : rule.Lk]
         return visible
 
-    def options(self) -> tuple[dict[str, Any], int]:
-        """Arguments of ``fastattn.attention``, and how many of the keys to give it."""
-        rule = self.rule
-        options: dict[str, Any] = {}
-        keys = rule.Lk
-        if not rule.is_native:
-            return {"mask": self.dense()}, keys
-        if self.keep is not None:
-            options["mask"] = self.keep[:, None, None, :]
-        if self.lengths is not None:
-            options["kv_lengths"] = self.lengths
-        if not rule.is_interval:
-            return options, keys
-        options["window"] = None if rule.left is None and rule.right is None else (rule.left, rule.right)
-        options["causal"] = rule.causal
-        if self.ends is not None:
-            options["kv_lengths"] = self.ends
-        elif rule.offset == 0 and rule.causal:
-            # Top-left, for with lengths the bottom-right diagonal would end at each sequence's own.
-            options["causal"] = "top_left"
-            keys = min(keys, rule.Lq)
-        elif rule.causal:
-            # What lies beyond the last row's key is not there yet: the rest of a static cache.
-            assert rule.offset is not None
-            keys = min(keys, rule.offset + rule.Lq)
-        if keys < rule.Lk and self.keep is not None:
-            options["mask"] = options["mask"][..., :keys]
-        if keys < rule.Lk and self.lengths is not None:
-            options["kv_lengths"] = self.lengths.clamp(max=keys)
-        return options, keys
-
 
 _COPIES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.clone.default)
 
@@ -192,3 +162,38 @@ def _first_keys(mask: NativeMask, dim: int = 0, start: int | None = None, end: i
     if dim in (3, -1):
         return end
     return mask.rule.Lk if end == size else None
+
+
+def options_of(mask: NativeMask) -> tuple[dict[str, Any], int]:
+    """Arguments of ``fastattn.attention``, and how many of the keys to give it.
+
+    A function, for torch.compile takes no calls of a tensor's own methods into a graph.
+    """
+    rule = mask.rule
+    options: dict[str, Any] = {}
+    keys = rule.Lk
+    if not rule.is_native:
+        return {"mask": mask.dense()}, keys
+    if mask.keep is not None:
+        options["mask"] = mask.keep[:, None, None, :]
+    if mask.lengths is not None:
+        options["kv_lengths"] = mask.lengths
+    if not rule.is_interval:
+        return options, keys
+    options["window"] = None if rule.left is None and rule.right is None else (rule.left, rule.right)
+    options["causal"] = rule.causal
+    if mask.ends is not None:
+        options["kv_lengths"] = mask.ends
+    elif rule.offset == 0 and rule.causal:
+        # Top-left, for with lengths the bottom-right diagonal would end at each sequence's own.
+        options["causal"] = "top_left"
+        keys = min(keys, rule.Lq)
+    elif rule.causal:
+        # What lies beyond the last row's key is not there yet: the rest of a static cache.
+        assert rule.offset is not None
+        keys = min(keys, rule.offset + rule.Lq)
+    if keys < rule.Lk and mask.keep is not None:
+        options["mask"] = options["mask"][..., :keys]
+    if keys < rule.Lk and mask.lengths is not None:
+        options["kv_lengths"] = mask.lengths.clamp(max=keys)
+    return options, keys

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import fastattn
-from fastattn.integrations._native_mask import NativeMask, Rule
+from fastattn.integrations._native_mask import NativeMask, Rule, options_of
 
 __all__ = ["NAME", "ServedAttention", "check", "register", "unregister"]
 
@@ -218,7 +218,7 @@ def _options_of_native(mask: NativeMask, B: int, Lq: int, Lk: int) -> tuple[dict
             f"fastattn: attention_mask has shape {tuple(mask.shape)}; with these queries and keys it must be"
             f" broadcastable to {(B, 1, Lq, Lk)}: it was made for other lengths."
         )
-    options, keys = mask.options()
+    options, keys = options_of(mask)
     if "kv_lengths" in options and rule.B != B:
         options["kv_lengths"] = options["kv_lengths"].expand(B)
     return options, keys
@@ -403,15 +403,7 @@ def attention_mask(
     """
     from transformers import masking_utils
 
-    compiling = torch.compiler.is_compiling()
-    if cache_position is not None:
-        q_length = int(cache_position.shape[0])
-        device = cache_position.device
-    else:
-        device = torch.device(kwargs.get("device", "cpu"))
-    assert q_length is not None
-
-    def dense() -> Tensor:
+    def dense(**skips: bool) -> Tensor:
         where = {"q_length": q_length, "q_offset": q_offset}
         if cache_position is not None:
             where = {"cache_position": cache_position}
@@ -422,41 +414,42 @@ def attention_mask(
             kv_offset=kv_offset,
             mask_function=mask_function or masking_utils.causal_mask_function,
             attention_mask=attention_mask,
-            **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+            **{**kwargs, **skips},
         )
 
+    if torch.compiler.is_compiling():
+        # Inside of a graph there are no closures to take apart.
+        return dense(allow_is_causal_skip=allow_is_causal_skip)
+
+    device = torch.device(kwargs.get("device", "cpu")) if cache_position is None else cache_position.device
+    Lq = q_length if cache_position is None else cache_position.shape[0]
+    assert Lq is not None
+    no_skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     pattern = _Pattern()
     if not _take_apart(mask_function or masking_utils.causal_mask_function, pattern):
-        return dense()
-    sequences = _told_apart(pattern.sequences, compiling)
-    if sequences:
-        return dense()
+        return dense(**no_skips)
+    # 4.57 always passes a tensor that numbers the sequences of packed rows.
+    if any(bool((ids != ids[:, :1]).any()) for ids in pattern.sequences):
+        return dense(**no_skips)
 
-    offset, ends = _where_rows_stand(
-        q_length, kv_length, q_offset, kv_offset, cache_position, allow_is_causal_skip, compiling
-    )
+    offset, ends = _where_rows_stand(Lq, kv_length, q_offset, kv_offset, cache_position, allow_is_causal_skip)
     if ends is not None and not pattern.causal:
         if pattern.left is not None or pattern.right is not None:
-            return dense()
+            return dense(**no_skips)
         offset, ends = 0, None  # of no importance to a rule without a diagonal
-    rule = Rule(batch_size, q_length, kv_length, offset, pattern.causal, pattern.left, pattern.right)
+    rule = Rule(batch_size, Lq, kv_length, offset, pattern.causal, pattern.left, pattern.right)
     if not rule.is_native:
-        return dense()
+        return dense(**no_skips)
 
     keep = attention_mask
     if keep is not None:
         keep = keep[:, kv_offset : kv_offset + kv_length]
         if keep.shape[1] < kv_length:
             keep = F.pad(keep, (0, kv_length - keep.shape[1]))
-    keep, lengths = _padding(keep, rule, compiling)
+    keep, lengths = _padding(keep, rule)
     if ends is not None:
         ends = ends.to(torch.int32).expand(batch_size)
     return NativeMask(rule, device, keep=keep, lengths=lengths, ends=ends)
-
-
-def _told_apart(packed: list[Tensor], compiling: bool) -> list[Tensor]:
-    """Of the tensors that number the sequences of packed rows, those that have several: 4.57 always passes one."""
-    return [ids for ids in packed if compiling or bool((ids != ids[:, :1]).any())]
 
 
 def _where_rows_stand(
@@ -466,14 +459,13 @@ def _where_rows_stand(
     kv_offset: int,
     cache_position: Tensor | None,
     allow_is_causal_skip: bool,
-    compiling: bool,
 ) -> tuple[int | None, Tensor | None]:
     """(offset, None) of the first row, in keys; or (None, ends): one key past that of the last row, as a tensor (1,).
 
-    A number is better, and a tensor is for where it lies on a GPU or in a graph: reading it would mean to wait. It is
-    also for steps with a cache for compiled models: with numbers, such a model would be compiled anew at each step.
+    A number is better, and a tensor is for where it lies on a GPU: reading it would mean to wait. It is also for
+    steps with a cache for compiled models: with numbers, such a model would be compiled anew at each step.
     """
-    readable = not compiling and (Lq > 1 or allow_is_causal_skip)
+    readable = Lq > 1 or allow_is_causal_skip
     if cache_position is not None:
         if readable and cache_position.device.type == "cpu":
             return int(cache_position[0]) - kv_offset if Lq else 0, None
@@ -488,9 +480,9 @@ def _where_rows_stand(
     return q_offset - kv_offset, None
 
 
-def _padding(keep: Tensor | None, rule: Rule, compiling: bool) -> tuple[Tensor | None, Tensor | None]:
+def _padding(keep: Tensor | None, rule: Rule) -> tuple[Tensor | None, Tensor | None]:
     """(keep, lengths): what must be told about padding, as lengths where it is all at the end."""
-    if keep is None or compiling:
+    if keep is None or (rule.offset is None and keep.device.type != "cpu"):  # a step on a GPU does not wait for a look
         return keep, None
     seen = keep
     if rule.causal and rule.offset is not None:  # what follows the last row's key is hidden anyway
@@ -525,51 +517,59 @@ def _on_fastattn(sdpa_class: type[torch.nn.Module]) -> type[torch.nn.Module]:
         with _SdpaHere():
             return sdpa_class.forward(self, *args, **kwargs)
 
+    name = sdpa_class.__name__.replace("Sdpa", "Fastattn")
     members = {
         "forward": forward,
         "__module__": sdpa_class.__module__,
         "__doc__": sdpa_class.__doc__,
         "_fastattn": True,
     }
-    return type(sdpa_class.__name__.replace("Sdpa", "Fastattn"), (sdpa_class,), members)
+    made = type(name, (sdpa_class,), members)
+    setattr(sys.modules[sdpa_class.__module__], name, made)  # where pickle looks for it
+    return made
 
 
 # Modules such as transformers.models.bert.modeling_bert have BERT_SELF_ATTENTION_CLASSES["sdpa"].
 _CLASSES = re.compile(r"[A-Z0-9_]+_ATTENTION_CLASSES")
+# How a layer's code computes attention, or asks for a function that does.
+_COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|_ATTENTION_FUNCTIONS")
+_ASKS = "_ATTENTION_FUNCTIONS"
 
 
-def _class_tables(model_class: type) -> list[dict[str, Any]]:
-    module = sys.modules.get(model_class.__module__)
-    tables = [x for name, x in vars(module).items() if _CLASSES.fullmatch(name)] if module is not None else []
-    return [table for table in tables if isinstance(table, dict)]
-
-
-def _prepare(model_class: Any) -> None:
+def _prepare(model_class: type) -> None:
     """Before the layers of a model are built: make the classes that it needs, and warn where it asks for nothing."""
-    tables = _class_tables(model_class)
-    for table in tables:
-        if NAME not in table and "sdpa" in table:
-            table[NAME] = _on_fastattn(table["sdpa"])
-    if tables and not all(NAME in table for table in tables):
-        raise ValueError(
-            f'fastattn: {model_class.__name__} has no attention layers for attn_implementation="{NAME}", and none for'
-            ' "sdpa" either that could serve; use attn_implementation="eager" for it.'
-        )
-    if not tables and not model_class._can_set_attn_implementation():
-        _warn_bypass(model_class)
+    module = sys.modules.get(model_class.__module__)
+    named = {} if module is None else vars(module)
+    tables = {name: x for name, x in named.items() if _CLASSES.fullmatch(name) and isinstance(x, dict)}
+    for name, table in tables.items():
+        if "sdpa" in table:
+            table.setdefault(NAME, _on_fastattn(table["sdpa"]))
+        elif NAME not in table:
+            raise ValueError(
+                f'fastattn: {model_class.__name__} has no layers for attn_implementation="{NAME}": {name} knows'
+                f' {sorted(table)}; use attn_implementation="eager" for it.'
+            )
+    if not tables and module is not None:
+        _warn_bypass(module, model_class.__name__)
 
 
 @functools.cache
-def _warn_bypass(model_class: type) -> None:
-    from transformers import __version__
+def _warn_bypass(module: Any, name: str) -> None:
+    """Warns once for each class."""
+    try:
+        code = inspect.getsource(module)
+    except (OSError, TypeError):
+        return
+    if _ASKS not in code and _COMPUTES.search(code) and re.search(r"^class \w*Attention\w*\(", code, re.MULTILINE):
+        from transformers import __version__
 
-    warnings.warn(
-        f"fastattn: {model_class.__name__} of transformers {__version__} computes attention in its own code and asks no"
-        f' attn_implementation: "{NAME}" changes nothing in it. fastattn.integrations.transformers.check(model) lists'
-        " such layers.",
-        RuntimeWarning,
-        stacklevel=6,
-    )
+        warnings.warn(
+            f"fastattn: {name} of transformers {__version__} computes attention in its own code and asks for no"
+            f' attn_implementation: "{NAME}" changes nothing in it. fastattn.integrations.transformers.check(model)'
+            " lists such layers.",
+            RuntimeWarning,
+            stacklevel=7,
+        )
 
 
 # --- Registration -----------------------------------------------------------------------------------------------------
@@ -588,8 +588,9 @@ def register() -> str:
     is built for them, and what they hide is not computed. A static cache is not read beyond what was written to it.
     Rows that are padding themselves may come out different from "eager", which gives them an average of everything.
 
-    Some models have no layers that ask for an implementation (T5 in 4.57, for one). Building such a model with
-    "fastattn" warns by name, once for each class; `check` says it of every layer. docs/transformers.md has the table.
+    Some models have no layers that ask for an implementation. transformers 4 has many, T5 among them, and a warning says
+    so here; in any version, building such a model with "fastattn" warns by name, once for each class, and `check` says
+    it of every layer. docs/transformers.md has the table.
 
     A second call does nothing. `unregister` undoes it.
 
@@ -615,6 +616,7 @@ def register() -> str:
         left to transformers: 0
     """
     modeling_utils, masking_utils = _transformers()
+    known = NAME in modeling_utils.AttentionInterface._global_mapping
     modeling_utils.AttentionInterface.register(NAME, attention_forward)
     masking_utils.AttentionMaskInterface.register(NAME, attention_mask)
 
@@ -630,6 +632,14 @@ def register() -> str:
 
         get_correct_attn_implementation._fastattn_original = original  # type: ignore[attr-defined]
         model.get_correct_attn_implementation = get_correct_attn_implementation
+    if not known and (version := _version())[0] == 4:
+        warnings.warn(
+            f"fastattn: in transformers {'.'.join(map(str, version))} T5 and its relatives, BLOOM, DeBERTa, XLNet and"
+            f' others compute attention in their own code: attn_implementation="{NAME}" changes nothing in them, and'
+            " building one warns. docs/transformers.md lists them; most are served in transformers 5.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return NAME
 
 
@@ -653,6 +663,12 @@ def unregister() -> None:
         model.get_correct_attn_implementation = original
 
 
+def _version() -> tuple[int, ...]:
+    import transformers
+
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
 def _transformers() -> tuple[Any, Any]:
     try:
         import transformers
@@ -661,8 +677,7 @@ def _transformers() -> tuple[Any, Any]:
             "fastattn: transformers is not installed; fastattn.integrations.transformers needs it: pip install"
             ' "transformers>=4.57".'
         ) from error
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < _OLDEST:
+    if _version() < _OLDEST:
         raise ImportError(
             f"fastattn: transformers is {transformers.__version__}; its attention interface is served from 4.57 on: pip"
             ' install "transformers>=4.57".'
@@ -686,9 +701,6 @@ class ServedAttention:
         lines = [f"served by fastattn: {len(self.served)}", f"left to transformers: {len(self.left)}"]
         lines += [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
-
-
-_COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|_ATTENTION_FUNCTIONS")
 
 
 def check(model: torch.nn.Module) -> ServedAttention:
@@ -745,7 +757,7 @@ def _code_of(module_class: Any) -> str:
 def _why_left(module: torch.nn.Module, code: str) -> str | None:
     if hasattr(type(module), "_fastattn"):
         return None
-    if "_ATTENTION_FUNCTIONS" not in code:
+    if _ASKS not in code:
         return f"{type(module).__name__} computes attention in its own code"
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     return None if implementation == NAME else f"its attn_implementation is {implementation!r}"
