@@ -588,9 +588,9 @@ def register() -> str:
     is built for them, and what they hide is not computed. A static cache is not read beyond what was written to it.
     Rows that are padding themselves may come out different from "eager", which gives them an average of everything.
 
-    Some models have no layers that ask for an implementation. transformers 4 has many, T5 among them, and a warning says
-    so here; in any version, building such a model with "fastattn" warns by name, once for each class, and `check` says
-    it of every layer. docs/transformers.md has the table.
+    Some models have no layers that ask for an implementation. transformers 4 has many, T5 among them, and a warning
+    says so here. In any version, building such a model with "fastattn" warns by name, once for each class, and `check`
+    says it of every layer. docs/transformers.md has the table.
 
     A second call does nothing. `unregister` undoes it.
 
@@ -634,9 +634,9 @@ def register() -> str:
         model.get_correct_attn_implementation = get_correct_attn_implementation
     if not known and (version := _version())[0] == 4:
         warnings.warn(
-            f"fastattn: in transformers {'.'.join(map(str, version))} T5 and its relatives, BLOOM, DeBERTa, XLNet and"
-            f' others compute attention in their own code: attn_implementation="{NAME}" changes nothing in them, and'
-            " building one warns. docs/transformers.md lists them; most are served in transformers 5.",
+            f"fastattn: in transformers {'.'.join(map(str, version))} T5, mT5, LongT5, BLOOM, DeBERTa, XLNet and others"
+            f' compute attention in their own code: attn_implementation="{NAME}" changes nothing in them, and building'
+            " one warns. docs/transformers.md says which; T5 and its relatives are served in transformers 5.",
             RuntimeWarning,
             stacklevel=2,
         )
