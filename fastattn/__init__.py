@@ -19,6 +19,7 @@ from fastattn._sdpa import (
     sdpa_calls,
 )
 from fastattn._summary import AttentionSummary, attention_summary
+from fastattn._varlen import varlen_attention
 from fastattn._weights import attention_weights, merge_attention_states
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "sdpa_calls",
     "served_modules",
+    "varlen_attention",
 ]

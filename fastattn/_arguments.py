@@ -40,6 +40,17 @@ def accumulator(name: str, tensor: Tensor, q: Tensor) -> Tensor:
     return tensor.to(_ops.accumulator_dtype(q.dtype))
 
 
+def constant_slopes(alibi_slopes: Tensor, q: Tensor) -> Tensor:
+    """ALiBi's slopes in the type in which the kernels compute; they have no gradient."""
+    slopes = accumulator("alibi_slopes", alibi_slopes, q)
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "fastattn: alibi_slopes requires a gradient, which attention does not compute; pass"
+            " alibi_slopes.detach(), or the penalty as a bias, which is differentiable."
+        )
+    return slopes
+
+
 def causal_code(causal: Any) -> int:
     """The operators' code of a causal argument."""
     if not isinstance(causal, bool | str):

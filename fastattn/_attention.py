@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import _errors, _ops, reference
-from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, window_sides
+from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, constant_slopes, window_sides
 from fastattn._autograd import Operator, Tensors
 
 # --- The operators ----------------------------------------------------------------------------------------------------
@@ -346,12 +346,7 @@ def attention(
         if torch._C._is_any_autocast_enabled():
             q, k, v, bias = autocast(q, k, v, bias)
         if alibi_slopes is not None:
-            alibi_slopes = accumulator("alibi_slopes", alibi_slopes, q)
-            if alibi_slopes.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    "fastattn: alibi_slopes requires a gradient, which attention does not compute; pass"
-                    " alibi_slopes.detach(), or the penalty as a bias, which is differentiable."
-                )
+            alibi_slopes = constant_slopes(alibi_slopes, q)
         if sinks is not None:
             sinks = accumulator("sinks", sinks, q)
         o, lse = attend(

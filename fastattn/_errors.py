@@ -22,16 +22,19 @@ _MARKS: dict[str, type[Exception]] = {
 }
 
 # The arguments for which None does not stand for "not given".
-_REQUIRED = ("q", "k", "v", "w", "dropout_p", "temperature")
+_REQUIRED = ("q", "k", "v", "w", "cu_seqlens_q", "cu_seqlens_k", "dropout_p", "temperature")
 
 
-def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) -> Exception:
+def explain(
+    error: Exception, tensors: dict[str, Any], numbers: dict[str, Any], counts: dict[str, Any] | None = None
+) -> Exception:
     """The exception to raise in place of ``error``, which an operator raised for these arguments.
 
     Args:
         error: What came out of the operator.
         tensors: The tensor arguments by name, q first. None stands for one that was not passed, where that is allowed.
         numbers: The arguments that must be real numbers, by name.
+        counts: Those that must be integers.
 
     Returns:
         An exception whose text starts with "fastattn: ", or ``error`` itself when nothing is known of it.
@@ -43,15 +46,19 @@ def explain(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) 
     if text.startswith("fastattn: "):
         # torch lets an operator's ValueError through up to 2.14, and makes it a RuntimeError from 2.15 on.
         return ValueError(text) if type(error) is RuntimeError else error
-    return _wrong_kind(tensors) or _wrong_number(numbers) or _wrong_place(tensors) or error
+    return (
+        _wrong_kind(tensors) or _wrong_number(numbers) or _wrong_count(counts or {}) or _wrong_place(tensors) or error
+    )
 
 
-def raise_explained(error: Exception, tensors: dict[str, Any], numbers: dict[str, Any]) -> NoReturn:
+def raise_explained(
+    error: Exception, tensors: dict[str, Any], numbers: dict[str, Any], counts: dict[str, Any] | None = None
+) -> NoReturn:
     """Raises what :func:`explain` makes of ``error``: the end of the public functions' ``except`` clauses.
 
     A function that is called there, and not a context manager around the call: what succeeds pays nothing for it.
     """
-    raise_instead(error, explain(error, tensors, numbers))
+    raise_instead(error, explain(error, tensors, numbers, counts))
 
 
 def raise_instead(error: Exception, clean: Exception) -> NoReturn:
@@ -90,6 +97,13 @@ def _wrong_number(numbers: dict[str, Any]) -> Exception | None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             return TypeError(f"fastattn: {name} is a {type(value).__name__}; it must be a float.")
+    return None
+
+
+def _wrong_count(counts: dict[str, Any]) -> Exception | None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            return TypeError(f"fastattn: {name} is a {type(value).__name__}; it must be an int.")
     return None
 
 

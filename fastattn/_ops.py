@@ -55,12 +55,21 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_rows_like(like: Tensor, B: int, H: int, L: int, D: int) -> Tensor:
-    """A result (B, H, L, D) laid out as ``like``; empty_rows_like in csrc/torch/attention.cpp says the same."""
+    """A result (B, H, L, D) laid out as ``like``; empty_rows_like in csrc/torch/inputs.cpp says the same."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     if guard_or_false(like.stride(1) < like.stride(2)):
         return like.new_empty((B, L, H, D)).transpose(1, 2)
     return like.new_empty((B, H, L, D))
+
+
+def empty_packed_like(like: Tensor, total: int, H: int, D: int) -> Tensor:
+    """A result (total, H, D) laid out as ``like``; empty_rows_like in csrc/torch/inputs.cpp says the same."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if guard_or_false(like.stride(1) > like.stride(0)):
+        return like.new_empty((H, total, D)).transpose(0, 1)
+    return like.new_empty((total, H, D))
 
 
 def check_fake(function: str, tensors: Tensors, settings: tuple[Any, ...]) -> None:
@@ -113,20 +122,25 @@ def reference_mask(
     tensors: Tensors, causal: int, window_left: int = UNLIMITED, window_right: int = UNLIMITED
 ) -> dict[str, Any]:
     """fastattn.reference's arguments for what the operators' arguments hide."""
-    k, kv_lengths = tensors["k"], tensors["kv_lengths"]
+    k, kv_lengths = tensors["k"], tensors.get("kv_lengths")
     if k is not None and kv_lengths is not None and kv_lengths.is_cuda:
         kv_lengths = kv_lengths.clamp(0, k.shape[2])  # as the kernels do, for nobody has checked them
     sides = tuple(None if side == UNLIMITED else side for side in (window_left, window_right))
     return {"causal": _CAUSAL_NAMES[causal], "window": sides, "mask": tensors["mask"], "kv_lengths": kv_lengths}
 
 
-def reference_dropout(tensors: Tensors, dropout_p: float) -> dict[str, Any]:
-    """fastattn.reference's arguments for the dropout that the operators' arguments ask for."""
+def reference_dropout(
+    tensors: Tensors, dropout_p: float, sizes: tuple[int, int, int, int] | None = None
+) -> dict[str, Any]:
+    """fastattn.reference's arguments for the dropout that the operators' arguments ask for.
+
+    ``sizes`` are (B, Hq, Lq, Lk), where they are not those of a padded batch q and k.
+    """
     if dropout_p <= 0.0:
         return {}
     q, k = required(tensors, "q", "k")
-    B, Hq, Lq, _ = q.shape
-    keep = torch.ops.fastattn.dropout_mask(tensors["rng_state"], B, Hq, Lq, k.shape[2], dropout_p)
+    B, Hq, Lq, Lk = (*q.shape[:3], k.shape[2]) if sizes is None else sizes
+    keep = torch.ops.fastattn.dropout_mask(tensors["rng_state"], B, Hq, Lq, Lk, dropout_p)
     return {"dropout_p": dropout_p, "dropout_keep": keep}
 
 

@@ -34,7 +34,7 @@ void hard_attention_backward(const HardAttentionGradParams& hard, const Parallel
     gp.dk_stride[dim] = hard.dk_stride[dim];
     gp.dv_stride[dim] = hard.dv_stride[dim];
   }
-  run_backward(gp, &hard, parallel);
+  run_backward({gp}, &hard, parallel);
 }
 
 }  // namespace fastattn::cpu

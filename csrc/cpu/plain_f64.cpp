@@ -164,10 +164,12 @@ void plain_forward_f64(const AttentionParams& params, const Parallel& parallel) 
   for_each_row(params, parallel, forward_row);
 }
 
-// One task owns the heads that add into the same elements: the group of query heads of a KV head, and all the batches
-// or all the heads as well where the bias is broadcast over them. A sum's order is then the program's, not the
-// threads'.
-void plain_backward_f64(const AttentionGradParams& params, const Parallel& parallel) {
+namespace {
+
+// The gradients of one problem; adds to d_bias, d_sinks and dw. One task owns the heads that add into the same elements:
+// the group of query heads of a KV head, and all the batches or all the heads as well where the bias is broadcast over
+// them. A sum's order is then the program's, not the threads'.
+void add_gradients(const AttentionGradParams& params, const Parallel& parallel) {
   const AttentionParams& p = params.forward;
   const int64_t group = p.Hkv == 0 ? 0 : p.Hq / p.Hkv;
   const bool joins_batches = params.d_bias && params.d_bias_stride[0] == 0;
@@ -179,8 +181,6 @@ void plain_backward_f64(const AttentionGradParams& params, const Parallel& paral
   std::vector<double> memory(static_cast<size_t>(workers * BackwardScratch::size(p)));
   std::vector<double> sink_parts(params.d_sinks ? static_cast<size_t>(p.B * p.Hq) : 0);
   std::vector<double> dw_parts(params.dw ? static_cast<size_t>(p.B * p.Hq * p.D) : 0);
-
-  if (params.d_bias) zero_bias_gradient(params);
 
   const auto backward_heads = [&](int64_t b, int64_t hkv, const BackwardScratch& scratch) {
     zero_rows(static_cast<double*>(params.dk), params.dk_stride, b, hkv, p.Lk, p.D);
@@ -202,20 +202,27 @@ void plain_backward_f64(const AttentionGradParams& params, const Parallel& paral
   });
 
   if (params.dw) {
-    double* dw = static_cast<double*>(params.dw);
     const int64_t rows = p.w_stride == 0 ? 1 : p.Hq;
-    for (int64_t at = 0; at < rows * p.D; ++at) dw[at] = 0.0;
     for (int64_t head = 0; head < p.B * p.Hq; ++head) {
-      add_scaled(dw + head % rows * p.D, 1.0, dw_parts.data() + head * p.D, p.D);
+      add_scaled(static_cast<double*>(params.dw) + head % rows * p.D, 1.0, dw_parts.data() + head * p.D, p.D);
     }
   }
   if (params.d_sinks) {
-    double* d_sinks = static_cast<double*>(params.d_sinks);
-    for (int64_t hq = 0; hq < p.Hq; ++hq) {
-      d_sinks[hq] = 0.0;
-      for (int64_t b = 0; b < p.B; ++b) d_sinks[hq] += sink_parts[static_cast<size_t>(b * p.Hq + hq)];
+    for (int64_t b = 0; b < p.B; ++b) {
+      add_scaled(static_cast<double*>(params.d_sinks), 1.0, sink_parts.data() + b * p.Hq, p.Hq);
     }
   }
+}
+
+}  // namespace
+
+void plain_backward_f64(const AttentionGradParams& params, const std::vector<AttentionGradParams>& problems,
+                        const Parallel& parallel) {
+  const AttentionParams& p = params.forward;
+  if (params.d_bias) zero_bias_gradient(params);
+  if (params.dw) std::fill_n(static_cast<double*>(params.dw), (p.w_stride == 0 ? 1 : p.Hq) * p.D, 0.0);
+  if (params.d_sinks) std::fill_n(static_cast<double*>(params.d_sinks), p.Hq, 0.0);
+  for (const AttentionGradParams& problem : problems) add_gradients(problem, parallel);
 }
 
 }  // namespace fastattn::cpu

@@ -9,6 +9,7 @@
 #include "core/mask.h"
 #include "core/philox.h"
 #include "core/score.h"
+#include "core/sequence.h"
 #include "cpu/parallel.h"
 
 namespace fastattn::cpu::plain {
@@ -80,7 +81,7 @@ struct Row {
   const double* k(int64_t j) const { return row_of(static_cast<const double*>(p.k), p.k_stride, b, hkv, j); }
   const double* w() const { return static_cast<const double*>(p.w) + hq * p.w_stride; }
   const double* v(int64_t j) const { return row_of(static_cast<const double*>(p.v), p.v_stride, b, hkv, j); }
-  int64_t stat() const { return (b * p.Hq + hq) * p.Lq + i; }  // index into lse, row_max and row_sum
+  int64_t stat() const { return stat_index(p, b, hq, i); }  // index into lse, row_max and row_sum
   double sink() const { return p.sinks ? static_cast<const double*>(p.sinks)[hq] : kMinusInfinity; }
 
   bool mask_keeps(int64_t j) const {
@@ -108,7 +109,7 @@ struct Row {
   double dropout_factor(int64_t j) const {
     if (p.dropout_p <= 0.0) return 1.0;
     if (p.dropout_p >= 1.0) return 0.0;
-    const bool kept = dropout_keeps(p.seed, p.offset, b * p.Hq + hq, i, j, dropout_threshold(p.dropout_p));
+    const bool kept = dropout_keeps(p.seed, p.offset, dropout_head(p, b, hq), i, j, dropout_threshold(p.dropout_p));
     return kept ? 1.0 / (1.0 - p.dropout_p) : 0.0;
   }
 

@@ -100,7 +100,7 @@ inline float prepare_statistics(const AttentionGradParams& gp, int64_t b, int64_
                                 const BackwardScratch& scratch) {
   using Raw = typename Operands::Raw;
   const AttentionParams& p = gp.forward;
-  const int64_t first = (b * p.Hq + hq) * p.Lq;
+  const int64_t first = stat_index(p, b, hq, 0);
   const float* row_max = static_cast<const float*>(p.row_max) + first;
   const float* row_sum = static_cast<const float*>(p.row_sum) + first;
   const float* d_lse = gp.d_lse != nullptr ? static_cast<const float*>(gp.d_lse) + first : nullptr;
@@ -136,7 +136,7 @@ inline float prepare_statistics(const AttentionGradParams& gp, int64_t b, int64_
 inline void prepare_hard_statistics(const HardAttentionGradParams& hp, int64_t b, int64_t hq, int64_t i0, int64_t i1,
                                     const BackwardScratch& scratch) {
   const AttentionParams& p = hp.forward;
-  const int64_t first = (b * p.Hq + hq) * p.Lq;
+  const int64_t first = stat_index(p, b, hq, 0);
   for (int64_t at = 0; at < round_up(i1 - i0, kBlockRows); ++at) {
     const int64_t row = first + i0 + at;
     const float l = i0 + at < i1 ? static_cast<const float*>(p.row_sum)[row] : 0.0f;

@@ -264,7 +264,7 @@ inline void finish_rows(const AttentionParams& p, const ForwardItem& item, float
 
 // Writes the row statistics that are asked for.
 inline void write_statistics(const AttentionParams& p, const ForwardItem& item, const RowScratch& rows) {
-  const int64_t first = (item.b * p.Hq + item.hq) * p.Lq + item.i0;
+  const int64_t first = stat_index(p, item.b, item.hq, item.i0);
   for (int64_t r = 0; r < item.i1 - item.i0; ++r) {
     const float m = rows.row_max[r], l = rows.row_sum[r];
     if (p.lse != nullptr) static_cast<float*>(p.lse)[first + r] = l == 0.0f ? m : m + __builtin_logf(l);

@@ -10,6 +10,7 @@
 #include "core/mask.h"
 #include "core/philox.h"
 #include "core/score.h"
+#include "core/sequence.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "cpu/vector_math.h"
@@ -83,7 +84,7 @@ inline void small_scores(const AttentionParams& p, const MaskGeometry& g, int64_
       if (slope != 0.0f) x -= slope * static_cast<float>(alibi_distance(g, i, j));
       t.s[at] = x;
       if (p.dropout_p > 0.0) {
-        t.dropout[at] = dropout_keeps(p.seed, p.offset, b * p.Hq + hq, i, j, threshold) ? kept : 0.0f;
+        t.dropout[at] = dropout_keeps(p.seed, p.offset, dropout_head(p, b, hq), i, j, threshold) ? kept : 0.0f;
       }
     }
   }
@@ -148,7 +149,7 @@ inline void small_forward(const AttentionParams& p, int64_t b, int64_t hq, float
     }
     sum_of_rows<Element>(row, false, s, 1, row_at<const Raw>(p.v, p.v_stride, b, hkv, 0), p.v_stride[2], p.Lk, p.Dv);
     narrow_rows<Element>(row_at<Raw>(p.o, p.o_stride, b, hq, i), 0, row, 0, 1, p.Dv);
-    const int64_t at = (b * p.Hq + hq) * p.Lq + i;
+    const int64_t at = stat_index(p, b, hq, i);
     if (p.lse != nullptr) static_cast<float*>(p.lse)[at] = l == 0.0f ? m : m + __builtin_logf(l);
     if (p.row_max != nullptr) static_cast<float*>(p.row_max)[at] = m;
     if (p.row_sum != nullptr) static_cast<float*>(p.row_sum)[at] = l;
@@ -171,7 +172,7 @@ inline void small_backward(const AttentionGradParams& gp, int64_t b, int64_t hkv
     small_scores<Element>(p, g, b, hq, t);
     float d_sink = 0.0f;
     for (int64_t i = 0; i < p.Lq; ++i) {
-      const int64_t at = (b * p.Hq + hq) * p.Lq + i;
+      const int64_t at = stat_index(p, b, hq, i);
       const float m = static_cast<const float*>(p.row_max)[at], l = static_cast<const float*>(p.row_sum)[at];
       const float d_lse = gp.d_lse != nullptr ? static_cast<const float*>(gp.d_lse)[at] : 0.0f;
       const Raw* d_o = row_at<const Raw>(gp.d_o, gp.d_o_stride, b, hq, i);

@@ -9,6 +9,7 @@
 #include "core/mask.h"
 #include "core/philox.h"
 #include "core/score.h"
+#include "core/sequence.h"
 #include "cpu/kernels.h"
 #include "cpu/operands.h"
 #include "cpu/pack.h"
@@ -217,7 +218,7 @@ inline void fill_dropout_tile(const AttentionParams& p, const Tile& t, float* ti
   }
   const Vi threshold = viset(dropout_threshold(p.dropout_p));
   const Vf kept = vset(static_cast<float>(1.0 / (1.0 - p.dropout_p)));
-  const uint32_t bh = static_cast<uint32_t>(t.b * p.Hq + t.hq);
+  const uint32_t bh = static_cast<uint32_t>(dropout_head(p, t.b, t.hq));
   for (int64_t r = 0; r < t.rows; r += kLanes) {
     const Vi rows = viadd(viota(), viset(static_cast<uint32_t>(t.i0 + r)));
     for (int64_t quad = t.j0 & ~int64_t{3}; quad < t.j0 + t.nk; quad += 4) {

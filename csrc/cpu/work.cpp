@@ -76,7 +76,7 @@ AttentionParams heads_as_rows(const AttentionParams& p) {
   const bool sees_all = p.causal != Causal::kTopLeft && p.window_left == kUnlimited && p.window_right == kUnlimited;
   const bool is_plain = p.w == nullptr && p.bias == nullptr && p.mask == nullptr && p.alibi_slopes == nullptr &&
                         p.sinks == nullptr && p.dropout_p == 0.0;
-  if (p.Lq != 1 || p.Hq == p.Hkv || !sees_all || !is_plain) return p;
+  if (p.Lq != 1 || p.Hq == p.Hkv || !sees_all || !is_plain || p.packed_rows != 0) return p;
   AttentionParams joined = p;
   joined.Lq = p.Hq / p.Hkv;
   joined.Hq = p.Hkv;

@@ -4,8 +4,10 @@
 // worker: results have the same bits whatever the threads do.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <vector>
 
 #include "core/mask.h"
 #include "core/params.h"
@@ -96,7 +98,19 @@ inline ForwardItem forward_item(const AttentionParams& p, const RowBlocks& rows,
 // its keys, and fill the lanes. Only where nothing but the length tells heads and rows apart; else p itself.
 AttentionParams heads_as_rows(const AttentionParams& p);
 
-// attention_backward, or, where `hard` is not null, what hard_attention_backward asks of it.
-void run_backward(const AttentionGradParams& gp, const HardAttentionGradParams* hard, const Parallel& parallel);
+// Of parts in the order of their items, the one that has this item; `first` is the member that numbers its first.
+template <class Part>
+const Part& owner_of(const std::vector<Part>& parts, int64_t item, int64_t Part::* first) {
+  const auto next = std::upper_bound(parts.begin(), parts.end(), item,
+                                     [&](int64_t number, const Part& part) { return number < part.*first; });
+  return *(next - 1);
+}
 
+// The passes of dense problems that make up one call, as one list of items. All differ in nothing but sizes and
+// pointers, and share d_sinks and dw.
+void run_forward(const std::vector<AttentionParams>& problems, const Parallel& parallel);
+// attention's gradients, or, where `hard` is not null, what hard_attention_backward asks of its one problem. d_bias has
+// been cleared.
+void run_backward(const std::vector<AttentionGradParams>& problems, const HardAttentionGradParams* hard,
+                  const Parallel& parallel);
 }  // namespace fastattn::cpu

@@ -434,7 +434,7 @@ Results<T> run(const Case& c, Inputs<T>& in, const Parallel& parallel) {
   r.dk.copy_strides(g.dk_stride);
   r.dv.copy_strides(g.dv_stride);
   if constexpr (std::is_same_v<T, double>) {
-    cpu::plain_backward_f64(g, parallel);
+    cpu::plain_backward_f64(g, {g}, parallel);
   } else {
     cpu::attention_backward(g, parallel);
   }

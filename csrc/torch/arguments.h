@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "core/params.h"
@@ -10,6 +11,15 @@
 namespace fastattn {
 
 using torch::stable::Tensor;
+
+// Sizes of a tensor.
+struct Shape {
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (const int64_t n : sizes) size[dim++] = n;
+  }
+  int64_t size[4] = {};
+  int64_t dim = 0;
+};
 
 // What messages say of one operator and not of the others.
 struct OperatorTexts {
@@ -20,6 +30,13 @@ struct OperatorTexts {
 };
 
 inline const std::optional<Tensor> kNoTensor;
+
+// Sequences packed one after the other: q, k and v are (total, H, D).
+struct PackedArguments {
+  const Tensor& cu_seqlens_q;  // (B + 1,), int32
+  const Tensor& cu_seqlens_k;
+  int64_t max_seqlen_q, max_seqlen_k;
+};
 
 // Shapes: see core/params.h; bias and mask may lack leading dimensions, which then count as 1. alibi_slopes and sinks
 // are of the accumulator type, rng_state is (seed, offset). w asks for additive scores. References, so that whatever is
@@ -35,6 +52,7 @@ struct AttentionArguments {
   const std::optional<Tensor>& sinks = kNoTensor;
   const std::optional<Tensor>& kv_lengths = kNoTensor;
   const std::optional<Tensor>& rng_state = kNoTensor;
+  const PackedArguments* packed = nullptr;
   const Tensor* w = nullptr;  // no std::optional: the operators that have it at all require it
   int64_t causal = 0;
   int64_t window_left = kUnlimited;
@@ -70,6 +88,11 @@ struct SummaryArguments {
   int64_t top_k;
   bool need_mass;
 };
+
+// Of o and its gradient, and of lse, row_max, row_sum and d_lse: in a padded batch, or packed.
+Shape row_shape(const AttentionArguments& arguments, const AttentionParams& params);
+Shape statistic_shape(const AttentionArguments& arguments, const AttentionParams& params);
+Shape stats_shape(const AttentionArguments& arguments, const AttentionParams& params);  // row_max, and then row_sum
 
 // Throw std::invalid_argument, before anything is allocated, when an argument breaks a rule. What is returned has
 // sizes, dtypes and numbers filled in, and no pointer yet. for_cuda: with the limits of the CUDA kernels; the tensors

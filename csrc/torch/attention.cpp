@@ -16,9 +16,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const AttentionArguments& a
   const Inputs inputs = point_at_inputs(a, &p);
   const int32_t accumulator = dtype_code(accumulator_dtype(p.dtype));
 
-  Tensor o = empty_rows_like(a.q, p.B, p.Hq, p.Lq, p.Dv);
-  Tensor lse = empty_contiguous(std::array{p.B, p.Hq, p.Lq}, accumulator, device);
-  Tensor stats = save_stats ? empty_contiguous(std::array{int64_t{2}, p.B, p.Hq, p.Lq}, accumulator, device)
+  Tensor o = empty_rows_like(a.q, row_shape(a, p));
+  const Shape lse_shape = statistic_shape(a, p), both_shape = stats_shape(a, p);
+  Tensor lse = empty_contiguous(lse_shape.size, lse_shape.dim, accumulator, device);
+  Tensor stats = save_stats ? empty_contiguous(both_shape.size, both_shape.dim, accumulator, device)
                             : empty_nothing(accumulator, device);
   if (lse.numel() == 0) return {o, lse, stats};
 
@@ -43,9 +44,9 @@ AttentionGradients attention_backward(const AttentionGradArguments& a) {
   std::optional<Tensor> d_lse;
   if (a.d_lse) d_lse = as_contiguous(*a.d_lse);
 
-  Tensor dq = empty_rows_like(a.forward.q, p.B, p.Hq, p.Lq, p.D);
-  Tensor dk = empty_rows_like(a.forward.k, p.B, p.Hkv, p.Lk, p.D);
-  Tensor dv = empty_rows_like(a.forward.v, p.B, p.Hkv, p.Lk, p.Dv);
+  Tensor dq = empty_rows_like(a.forward.q, shape_of(a.forward.q));
+  Tensor dk = empty_rows_like(a.forward.k, shape_of(a.forward.k));
+  Tensor dv = empty_rows_like(a.forward.v, shape_of(a.forward.v));
   Tensor d_bias = empty_nothing(accumulator, device), d_sinks = empty_nothing(accumulator, device);
   if (a.need_d_bias) {
     const Tensor& bias = *a.forward.bias;
@@ -55,7 +56,7 @@ AttentionGradients attention_backward(const AttentionGradArguments& a) {
   Tensor dw = empty_nothing(accumulator, device);
   if (a.forward.w) dw = empty_contiguous(a.forward.w->sizes().data(), a.forward.w->dim(), accumulator, device);
 
-  if (p.B == 0 || p.Hq == 0 || p.Lq == 0) {  // no row, and with Hq = 0 no group size either
+  if (a.d_o.numel() == 0 || p.B == 0) {  // no row, and with Hq = 0 no group size either
     for (Tensor grad : {dq, dk, dv, d_bias, d_sinks, dw}) torch::stable::zero_(grad);
   } else {
     // The engine's o is an input here; the params hold one pointer for both passes.

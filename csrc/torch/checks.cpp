@@ -11,8 +11,8 @@
 namespace fastattn {
 namespace {
 
-void check_rank(const char* name, const Tensor& tensor, const OperatorTexts& texts) {
-  if (tensor.dim() != 4) {
+void check_rank(const char* name, const Tensor& tensor, int64_t rank, const OperatorTexts& texts) {
+  if (tensor.dim() != rank) {
     value_error(name, " has ", tensor.dim(), " dimensions, shape ", shape_text(tensor), "; ", texts.ranks,
                 ": add or merge dimensions with unsqueeze or flatten.");
   }
@@ -53,13 +53,17 @@ void check_accumulator_dtype(const char* name, const Tensor& tensor, DType dtype
 }
 
 void check_shapes(const AttentionArguments& a, AttentionParams* p) {
-  check_rank("q", a.q, a.texts);
-  check_rank("k", a.k, a.texts);
-  check_rank("v", a.v, a.texts);
+  // (B, H, L, D), or packed (total, H, D).
+  const bool is_packed = a.packed != nullptr;
+  const int64_t rank = is_packed ? 3 : 4;
+  check_rank("q", a.q, rank, a.texts);
+  check_rank("k", a.k, rank, a.texts);
+  check_rank("v", a.v, rank, a.texts);
   const IntHeaderOnlyArrayRef q = a.q.sizes(), k = a.k.sizes(), v = a.v.sizes();
-  p->B = q[0], p->Hq = q[1], p->Lq = q[2], p->D = q[3];
-  p->Hkv = k[1], p->Lk = k[2], p->Dv = v[3];
-  if (k[0] != p->B || v[0] != p->B) {
+  const size_t length = is_packed ? 0 : 2, last = is_packed ? 2 : 3;
+  p->B = is_packed ? 1 : q[0], p->Hq = q[1], p->Lq = q[length], p->D = q[last];
+  p->Hkv = k[1], p->Lk = k[length], p->Dv = v[last];
+  if (!is_packed && (k[0] != p->B || v[0] != p->B)) {
     const bool is_k = k[0] != p->B;
     const char* name = is_k ? "k" : "v";
     value_error(name, " has batch size ", is_k ? k[0] : v[0], " but q has ", p->B,
@@ -72,11 +76,12 @@ void check_shapes(const AttentionArguments& a, AttentionParams* p) {
   if (p->Hkv == 0 ? p->Hq != 0 : p->Hq % p->Hkv != 0) {
     value_error("k has ", p->Hkv, " heads but q has ", p->Hq, "; q's heads must be a multiple of k's.");
   }
-  if (v[2] != p->Lk) {
-    value_error("v has length ", v[2], " but k has ", p->Lk, "; every key needs one value: cut or pad them alike.");
+  if (v[length] != p->Lk) {
+    value_error("v has length ", v[length], " but k has ", p->Lk,
+                "; every key needs one value: cut or pad them alike.");
   }
-  if (k[3] != p->D) {
-    value_error("k has head dimension ", k[3], " but q has ", p->D, "; ",
+  if (k[last] != p->D) {
+    value_error("k has head dimension ", k[last], " but q has ", p->D, "; ",
                 a.w ? "additive scores add" : "scores are dot products of",
                 " q and k, so the two must be equal (v's may differ).");
   }
@@ -103,6 +108,56 @@ void check_sizes_fit(const AttentionParams& p) {
     value_error("q, k and v of shapes (", p.B, ", ", p.Hq, ", ", p.Lq, ", ", p.D, "), (", p.B, ", ", p.Hkv, ", ", p.Lk,
                 ", ", p.D, ") and (", p.B, ", ", p.Hkv, ", ", p.Lk, ", ", p.Dv,
                 ") have a result too large to address; it must be below 2^63 bytes: split the batch.");
+  }
+}
+
+// One of the two cu_seqlens of B sequences, and that none of them is longer than max_seqlen.
+void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, const char* rows, int64_t total, const char* max_name,
+                      int64_t max_seqlen) {
+  if (dtype_code(cu_seqlens) != aoti_torch_dtype_int32()) {
+    type_error(name, " is ", dtype_name(dtype_code(cu_seqlens)), "; it must be torch.int32: convert with ", name,
+               ".to(torch.int32).");
+  }
+  if (cu_seqlens.dim() != 1 || cu_seqlens.size(0) == 0) {
+    value_error(name, " has shape ", shape_text(cu_seqlens),
+                "; it must be (B + 1,): 0, and then where each of the B sequences ends.");
+  }
+  if (max_seqlen < 0 || max_seqlen > std::numeric_limits<int32_t>::max()) {
+    value_error(max_name, " is ", max_seqlen, "; it must be the length of the longest sequence, or more, below 2^31.");
+  }
+  // On a GPU the host cannot read the values without waiting for the device; packed_sequence() clamps them.
+  if (!cu_seqlens.is_cpu()) return;
+  const auto* ends = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const int64_t stride = cu_seqlens.stride(0), B = cu_seqlens.size(0) - 1;
+  if (ends[0] != 0) value_error(name, "[0] is ", ends[0], "; it must be 0, where the first sequence begins.");
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t begin = ends[b * stride], end = ends[(b + 1) * stride];
+    if (end < begin) {
+      value_error(name, "[", b + 1, "] is ", end, " but ", name, "[", b, "] is ", begin,
+                  "; the sequences must lie one after the other: pass the cumulative sums of their lengths.");
+    }
+    if (end > total) {
+      value_error(name, "[", b + 1, "] is ", end, " but ", rows, " ", total,
+                  " rows; every sequence must lie within them: pass the cumulative sums of the lengths.");
+    }
+    if (end - begin > max_seqlen) {
+      value_error(max_name, " is ", max_seqlen, " but sequence ", b, " of ", name, " has length ", end - begin,
+                  "; no sequence may be longer: pass the length of the longest.");
+    }
+  }
+}
+
+void check_packed(const PackedArguments& packed, AttentionParams* p) {
+  p->packed_rows = p->Lq;
+  p->packed_keys = p->Lk;
+  p->Lq = packed.max_seqlen_q;
+  p->Lk = packed.max_seqlen_k;
+  check_cu_seqlens("cu_seqlens_q", packed.cu_seqlens_q, "q has", p->packed_rows, "max_seqlen_q", p->Lq);
+  check_cu_seqlens("cu_seqlens_k", packed.cu_seqlens_k, "k has", p->packed_keys, "max_seqlen_k", p->Lk);
+  p->B = packed.cu_seqlens_q.size(0) - 1;
+  if (packed.cu_seqlens_k.size(0) != p->B + 1) {
+    value_error("cu_seqlens_k has shape ", shape_text(packed.cu_seqlens_k), " but cu_seqlens_q has ",
+                shape_text(packed.cu_seqlens_q), "; both must count the same sequences, (B + 1,).");
   }
 }
 
@@ -267,14 +322,12 @@ void check_numbers(const AttentionArguments& a, AttentionParams* p) {
   p->dropout_p = a.dropout_p;
 }
 
-void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, int32_t dtype) {
-  bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
-  int64_t i = 0;
-  for (const int64_t size : sizes) equal = equal && tensor.size(i++) == size;
+void check_rows(const char* name, const Tensor& tensor, const Shape& shape, int32_t dtype) {
+  bool equal = tensor.dim() == shape.dim;
+  for (int64_t i = 0; equal && i < shape.dim; ++i) equal = tensor.size(i) == shape.size[i];
   if (!equal) {
     std::ostringstream wanted;
-    i = 0;
-    for (const int64_t size : sizes) wanted << (i++ ? ", " : "") << size;
+    for (int64_t i = 0; i < shape.dim; ++i) wanted << (i ? ", " : "") << shape.size[i];
     value_error(name, " has shape ", shape_text(tensor), "; it must be (", wanted.str(),
                 "), as the forward pass gave.");
   }
@@ -284,11 +337,26 @@ void check_rows(const char* name, const Tensor& tensor, std::initializer_list<in
   }
 }
 
-void check_rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, DType dtype) {
-  check_rows(name, tensor, sizes, dtype_code(dtype));
+void check_rows(const char* name, const Tensor& tensor, const Shape& shape, DType dtype) {
+  check_rows(name, tensor, shape, dtype_code(dtype));
 }
 
 }  // namespace
+
+Shape row_shape(const AttentionArguments& a, const AttentionParams& p) {
+  if (a.packed) return {p.packed_rows, p.Hq, p.Dv};
+  return {p.B, p.Hq, p.Lq, p.Dv};
+}
+
+Shape statistic_shape(const AttentionArguments& a, const AttentionParams& p) {
+  if (a.packed) return {p.Hq, p.packed_rows};
+  return {p.B, p.Hq, p.Lq};
+}
+
+Shape stats_shape(const AttentionArguments& a, const AttentionParams& p) {
+  if (a.packed) return {2, p.Hq, p.packed_rows};
+  return {2, p.B, p.Hq, p.Lq};
+}
 
 AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
   AttentionParams p;
@@ -304,11 +372,16 @@ AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
     if (*tensor) check_device(name, **tensor, a.q);
   }
   if (a.w) check_device("w", *a.w, a.q);
+  if (a.packed) {
+    check_device("cu_seqlens_q", a.packed->cu_seqlens_q, a.q);
+    check_device("cu_seqlens_k", a.packed->cu_seqlens_k, a.q);
+  }
   p.dtype = check_query_dtype(a.q);
   check_same_dtype("k", a.k, p.dtype);
   check_same_dtype("v", a.v, p.dtype);
   check_shapes(a, &p);
   check_sizes_fit(p);
+  if (a.packed) check_packed(*a.packed, &p);
   if (for_cuda) check_limits_of_cuda(p, a.texts);
   if (a.bias) check_bias(*a.bias, &p);
   if (a.mask) check_mask(*a.mask, p);
@@ -326,12 +399,12 @@ AttentionParams check_attention(const AttentionArguments& a, bool for_cuda) {
 
 namespace {
 
-void check_stats(const Tensor& stats, const Tensor& q, const AttentionParams& p) {
-  check_device("stats", stats, q);
+void check_stats(const Tensor& stats, const AttentionArguments& a, const AttentionParams& p) {
+  check_device("stats", stats, a.q);
   if (stats.dim() == 1 && stats.size(0) == 0) {
     value_error("stats is empty; the backward pass needs them: call the forward operator with save_stats=True.");
   }
-  check_rows("stats", stats, {2, p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
+  check_rows("stats", stats, stats_shape(a, p), accumulator_dtype(p.dtype));
 }
 
 void check_index(const Tensor& index, const Tensor& q, const AttentionParams& p) {
@@ -372,12 +445,12 @@ AttentionParams check_attention_grad(const AttentionGradArguments& a, bool for_c
   const AttentionParams p = check_attention(a.forward, for_cuda);
   check_device("d_o", a.d_o, a.forward.q);
   check_device("o", a.o, a.forward.q);
-  check_rows("d_o", a.d_o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
-  check_rows("o", a.o, {p.B, p.Hq, p.Lq, p.Dv}, p.dtype);
-  check_stats(a.stats, a.forward.q, p);
+  check_rows("d_o", a.d_o, row_shape(a.forward, p), p.dtype);
+  check_rows("o", a.o, row_shape(a.forward, p), p.dtype);
+  check_stats(a.stats, a.forward, p);
   if (a.d_lse) {
     check_device("d_lse", *a.d_lse, a.forward.q);
-    check_rows("d_lse", *a.d_lse, {p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
+    check_rows("d_lse", *a.d_lse, statistic_shape(a.forward, p), accumulator_dtype(p.dtype));
   }
   if (a.need_d_bias && !a.forward.bias) value_error("need_d_bias is True but there is no bias.");
   if (a.need_d_sinks && !a.forward.sinks) value_error("need_d_sinks is True but there are no sinks.");
@@ -396,7 +469,7 @@ AttentionParams check_hard_attention_grad(const HardAttentionGradArguments& a, b
     check_rows("d_log_prob", *a.d_log_prob, {p.B, p.Hq, p.Lq}, accumulator_dtype(p.dtype));
   }
   check_index(a.index, q, p);
-  check_stats(a.stats, q, p);
+  check_stats(a.stats, a.attention, p);
   return p;
 }
 

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hard_attention_forward(const Attentio
   const Inputs inputs = point_at_inputs(a, &p);
   const int32_t accumulator = dtype_code(accumulator_dtype(p.dtype));
 
-  Tensor o = empty_rows_like(a.q, p.B, p.Hq, p.Lq, p.Dv);
+  Tensor o = empty_rows_like(a.q, {p.B, p.Hq, p.Lq, p.Dv});
   Tensor index = empty_contiguous(std::array{p.B, p.Hq, p.Lq}, aoti_torch_dtype_int64(), device);
   Tensor log_prob = empty_contiguous(std::array{p.B, p.Hq, p.Lq}, accumulator, device);
   Tensor stats = save_stats ? empty_contiguous(std::array{int64_t{2}, p.B, p.Hq, p.Lq}, accumulator, device)
@@ -45,9 +45,9 @@ std::tuple<Tensor, Tensor, Tensor> hard_attention_backward(const HardAttentionGr
   std::optional<Tensor> d_o, d_log_prob;
   if (a.d_o) d_o = with_contiguous_rows(*a.d_o);
   if (a.d_log_prob) d_log_prob = as_contiguous(*a.d_log_prob);
-  Tensor dq = empty_rows_like(a.attention.q, p.B, p.Hq, p.Lq, p.D);
-  Tensor dk = empty_rows_like(a.attention.k, p.B, p.Hkv, p.Lk, p.D);
-  Tensor dv = empty_rows_like(a.attention.v, p.B, p.Hkv, p.Lk, p.Dv);
+  Tensor dq = empty_rows_like(a.attention.q, shape_of(a.attention.q));
+  Tensor dk = empty_rows_like(a.attention.k, shape_of(a.attention.k));
+  Tensor dv = empty_rows_like(a.attention.v, shape_of(a.attention.v));
   if (index.numel() == 0) {
     for (Tensor grad : {dq, dk, dv}) torch::stable::zero_(grad);
     return {dq, dk, dv};

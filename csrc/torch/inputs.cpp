@@ -7,6 +7,10 @@
 namespace fastattn {
 
 void row_strides(const Tensor& tensor, int64_t stride[3]) {
+  if (tensor.dim() == 3) {
+    stride[0] = 0, stride[1] = tensor.stride(1), stride[2] = tensor.stride(0);
+    return;
+  }
   const IntHeaderOnlyArrayRef strides = tensor.strides();
   for (int i = 0; i < 3; ++i) stride[i] = strides[static_cast<size_t>(i)];
 }
@@ -20,7 +24,7 @@ void broadcast_strides(const Tensor& tensor, int64_t* stride, size_t dims) {
 Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
   const Tensor k = with_contiguous_rows(a.k);
   // Where k stands in for v, one copy of it will do.
-  Inputs inputs{with_contiguous_rows(a.q), k, &a.v == &a.k ? k : with_contiguous_rows(a.v), {}, {}, {}, {}};
+  Inputs inputs{with_contiguous_rows(a.q), k, &a.v == &a.k ? k : with_contiguous_rows(a.v), {}, {}, {}, {}, {}, {}};
   p->q = inputs.q.const_data_ptr();
   p->k = inputs.k.const_data_ptr();
   p->v = inputs.v.const_data_ptr();
@@ -49,6 +53,12 @@ Inputs point_at_inputs(const AttentionArguments& a, AttentionParams* p) {
     inputs.kv_lengths = as_contiguous(*a.kv_lengths);
     p->kv_lengths = static_cast<const int32_t*>(inputs.kv_lengths->const_data_ptr());
   }
+  if (a.packed) {
+    inputs.cu_seqlens_q = as_contiguous(a.packed->cu_seqlens_q);
+    inputs.cu_seqlens_k = as_contiguous(a.packed->cu_seqlens_k);
+    p->cu_seqlens_q = static_cast<const int32_t*>(inputs.cu_seqlens_q->const_data_ptr());
+    p->cu_seqlens_k = static_cast<const int32_t*>(inputs.cu_seqlens_k->const_data_ptr());
+  }
   if (a.w) {
     // A w that was expanded over the heads is one for each of them, with a gradient for each: not what a stride of 0
     // says.
@@ -68,14 +78,27 @@ void point_at_stats(const Tensor& stats, AttentionParams* p) {
   p->row_sum = static_cast<char*>(p->row_max) + stats.numel() / 2 * static_cast<int64_t>(stats.element_size());
 }
 
-Tensor empty_rows_like(const Tensor& like, int64_t B, int64_t H, int64_t L, int64_t D) {
-  const int64_t sizes[4] = {B, H, L, D};
+Shape shape_of(const Tensor& tensor) {
+  Shape shape{};
+  for (const int64_t n : tensor.sizes()) shape.size[shape.dim++] = n;
+  return shape;
+}
+
+Tensor empty_rows_like(const Tensor& like, const Shape& shape) {
   const Device device = device_of(like);
-  if (like.stride(1) >= like.stride(2)) return empty_contiguous(sizes, 4, dtype_code(like), device);
+  const bool is_packed = shape.dim == 3;
+  const bool is_contiguous = is_packed ? like.stride(1) <= like.stride(0) : like.stride(1) >= like.stride(2);
+  if (is_contiguous) return empty_contiguous(shape.size, shape.dim, dtype_code(like), device);
   // As torch counts strides: a size of 0 counts as 1.
-  const int64_t row = std::max<int64_t>(H, 1) * std::max<int64_t>(D, 1);
-  const int64_t strides[4] = {std::max<int64_t>(L, 1) * row, std::max<int64_t>(D, 1), row, 1};
-  return empty_strided(sizes, strides, 4, dtype_code(like), device);
+  int64_t size[4];
+  for (int i = 0; i < 4; ++i) size[i] = std::max<int64_t>(shape.size[i], 1);
+  if (is_packed) {
+    const int64_t strides[3] = {size[2], size[0] * size[2], 1};
+    return empty_strided(shape.size, strides, 3, dtype_code(like), device);
+  }
+  const int64_t row = size[1] * size[3];
+  const int64_t strides[4] = {size[2] * row, size[3], row, 1};
+  return empty_strided(shape.size, strides, 4, dtype_code(like), device);
 }
 
 Tensor empty_nothing(int32_t dtype, const Device& device) {

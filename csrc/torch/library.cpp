@@ -23,6 +23,24 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "Tensor? kv_lengths, Tensor? rng_state, int causal, int window_left, int window_right, float? scale, "
       "float softcap, float dropout_p, str device) -> ()");
   m.def(
+      "varlen_attention_forward("
+      "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? bias, Tensor? mask, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, int max_seqlen_q, int max_seqlen_k, int causal, "
+      "int window_left, int window_right, float? scale, float softcap, float dropout_p, bool save_stats) "
+      "-> (Tensor o, Tensor lse, Tensor stats)");
+  m.def(
+      "varlen_attention_backward("
+      "Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, "
+      "int max_seqlen_q, int max_seqlen_k, int causal, int window_left, int window_right, float? scale, "
+      "float softcap, float dropout_p, bool need_d_bias, bool need_d_sinks) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias, Tensor d_sinks)");
+  m.def(
+      "_check_varlen_attention("
+      "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? bias, Tensor? mask, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, int max_seqlen_q, int max_seqlen_k, int causal, "
+      "int window_left, int window_right, float? scale, float softcap, float dropout_p, str device) -> ()");
+  m.def(
       "additive_attention_forward("
       "Tensor q, Tensor k, Tensor v, Tensor w, Tensor? mask, Tensor? kv_lengths, Tensor? rng_state, int causal, "
       "float dropout_p, bool save_stats) -> (Tensor o, Tensor lse, Tensor stats)");

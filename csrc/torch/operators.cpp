@@ -13,6 +13,7 @@ namespace {
 using fastattn::AttentionArguments;
 using fastattn::kNoTensor;
 using fastattn::OperatorTexts;
+using fastattn::PackedArguments;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
@@ -24,6 +25,10 @@ constexpr OperatorTexts kAttention{.ranks = kOneRank,
                                    .keys = "k and v have",
                                    .wide_heads = "torch.nn.functional.scaled_dot_product_attention",
                                    .many_keys = kMergeParts};
+constexpr OperatorTexts kVarlen{.ranks = "varlen_attention takes three, (total, H, D)",
+                                .keys = "the longest sequence of k and v has",
+                                .wide_heads = "torch.nn.functional.scaled_dot_product_attention",
+                                .many_keys = kMergeParts};
 constexpr OperatorTexts kAdditive{
     .ranks = "additive_attention takes four, (B, H, L, D), or for one head three, (B, L, D), in all of q, k and v",
     .keys = "k and v have",
@@ -37,6 +42,30 @@ constexpr OperatorTexts kHard{.ranks = kOneRank,
 constexpr OperatorTexts kSummary{
     .ranks = kOneRank, .keys = "k has", .wide_heads = "fastattn.reference.attention_summary", .many_keys = kUseCpu};
 
+AttentionArguments attention_arguments(const OperatorTexts& texts, const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const OptionalTensor& bias, const OptionalTensor& mask,
+                                       const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                       const OptionalTensor& kv_lengths, const OptionalTensor& rng_state,
+                                       int64_t causal, int64_t window_left, int64_t window_right,
+                                       std::optional<double> scale, double softcap, double dropout_p) {
+  return {.texts = texts,
+          .q = q,
+          .k = k,
+          .v = v,
+          .bias = bias,
+          .mask = mask,
+          .alibi_slopes = alibi_slopes,
+          .sinks = sinks,
+          .kv_lengths = kv_lengths,
+          .rng_state = rng_state,
+          .causal = causal,
+          .window_left = window_left,
+          .window_right = window_right,
+          .scale = scale,
+          .softcap = softcap,
+          .dropout_p = dropout_p};
+}
+
 // The argument lists below repeat the schemas', which TORCH_BOX matches by position.
 std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                      const OptionalTensor& bias, const OptionalTensor& mask,
@@ -45,22 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
                                                      int64_t causal, int64_t window_left, int64_t window_right,
                                                      std::optional<double> scale, double softcap, double dropout_p,
                                                      bool save_stats) {
-  const AttentionArguments arguments{.texts = kAttention,
-                                     .q = q,
-                                     .k = k,
-                                     .v = v,
-                                     .bias = bias,
-                                     .mask = mask,
-                                     .alibi_slopes = alibi_slopes,
-                                     .sinks = sinks,
-                                     .kv_lengths = kv_lengths,
-                                     .rng_state = rng_state,
-                                     .causal = causal,
-                                     .window_left = window_left,
-                                     .window_right = window_right,
-                                     .scale = scale,
-                                     .softcap = softcap,
-                                     .dropout_p = dropout_p};
+  const AttentionArguments arguments =
+      attention_arguments(kAttention, q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, causal,
+                          window_left, window_right, scale, softcap, dropout_p);
   return fastattn::attention_forward(arguments, save_stats);
 }
 
@@ -70,22 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& sinks, const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
     int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap, double dropout_p,
     bool need_d_bias, bool need_d_sinks) {
-  const AttentionArguments arguments{.texts = kAttention,
-                                     .q = q,
-                                     .k = k,
-                                     .v = v,
-                                     .bias = bias,
-                                     .mask = mask,
-                                     .alibi_slopes = alibi_slopes,
-                                     .sinks = sinks,
-                                     .kv_lengths = kv_lengths,
-                                     .rng_state = rng_state,
-                                     .causal = causal,
-                                     .window_left = window_left,
-                                     .window_right = window_right,
-                                     .scale = scale,
-                                     .softcap = softcap,
-                                     .dropout_p = dropout_p};
+  const AttentionArguments arguments =
+      attention_arguments(kAttention, q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, causal,
+                          window_left, window_right, scale, softcap, dropout_p);
   const fastattn::AttentionGradients grads =
       fastattn::attention_backward({arguments, d_o, d_lse, o, stats, need_d_bias, need_d_sinks});
   return {grads.dq, grads.dk, grads.dv, grads.d_bias, grads.d_sinks};
@@ -96,22 +99,55 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
                      const OptionalTensor& kv_lengths, const OptionalTensor& rng_state, int64_t causal,
                      int64_t window_left, int64_t window_right, std::optional<double> scale, double softcap,
                      double dropout_p, std::string device) {
-  const AttentionArguments arguments{.texts = kAttention,
-                                     .q = q,
-                                     .k = k,
-                                     .v = v,
-                                     .bias = bias,
-                                     .mask = mask,
-                                     .alibi_slopes = alibi_slopes,
-                                     .sinks = sinks,
-                                     .kv_lengths = kv_lengths,
-                                     .rng_state = rng_state,
-                                     .causal = causal,
-                                     .window_left = window_left,
-                                     .window_right = window_right,
-                                     .scale = scale,
-                                     .softcap = softcap,
-                                     .dropout_p = dropout_p};
+  const AttentionArguments arguments =
+      attention_arguments(kAttention, q, k, v, bias, mask, alibi_slopes, sinks, kv_lengths, rng_state, causal,
+                          window_left, window_right, scale, softcap, dropout_p);
+  fastattn::check_attention(arguments, device == "cuda");
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                  const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                  const OptionalTensor& bias, const OptionalTensor& mask,
+                                                  const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                                  const OptionalTensor& rng_state, int64_t max_seqlen_q,
+                                                  int64_t max_seqlen_k, int64_t causal, int64_t window_left,
+                                                  int64_t window_right, std::optional<double> scale, double softcap,
+                                                  double dropout_p, bool save_stats) {
+  AttentionArguments arguments =
+      attention_arguments(kVarlen, q, k, v, bias, mask, alibi_slopes, sinks, kNoTensor, rng_state, causal, window_left,
+                          window_right, scale, softcap, dropout_p);
+  const PackedArguments packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  arguments.packed = &packed;
+  return fastattn::attention_forward(arguments, save_stats);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_backward(
+    const Tensor& d_o, const OptionalTensor& d_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+    const Tensor& stats, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const OptionalTensor& bias,
+    const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& rng_state, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t causal, int64_t window_left,
+    int64_t window_right, std::optional<double> scale, double softcap, double dropout_p, bool need_d_bias,
+    bool need_d_sinks) {
+  AttentionArguments arguments =
+      attention_arguments(kVarlen, q, k, v, bias, mask, alibi_slopes, sinks, kNoTensor, rng_state, causal, window_left,
+                          window_right, scale, softcap, dropout_p);
+  const PackedArguments packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  arguments.packed = &packed;
+  const fastattn::AttentionGradients grads =
+      fastattn::attention_backward({arguments, d_o, d_lse, o, stats, need_d_bias, need_d_sinks});
+  return {grads.dq, grads.dk, grads.dv, grads.d_bias, grads.d_sinks};
+}
+
+void check_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                  const Tensor& cu_seqlens_k, const OptionalTensor& bias, const OptionalTensor& mask,
+                  const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                  int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t causal, int64_t window_left, int64_t window_right,
+                  std::optional<double> scale, double softcap, double dropout_p, std::string device) {
+  AttentionArguments arguments =
+      attention_arguments(kVarlen, q, k, v, bias, mask, alibi_slopes, sinks, kNoTensor, rng_state, causal, window_left,
+                          window_right, scale, softcap, dropout_p);
+  const PackedArguments packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  arguments.packed = &packed;
   fastattn::check_attention(arguments, device == "cuda");
 }
 
@@ -247,6 +283,9 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("attention_forward", TORCH_BOX(&::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&::attention_backward));
   m.impl("_check_attention", TORCH_BOX(&::check_attention));
+  m.impl("varlen_attention_forward", TORCH_BOX(&varlen_forward));
+  m.impl("varlen_attention_backward", TORCH_BOX(&varlen_backward));
+  m.impl("_check_varlen_attention", TORCH_BOX(&check_varlen));
   m.impl("additive_attention_forward", TORCH_BOX(&additive_forward));
   m.impl("additive_attention_backward", TORCH_BOX(&additive_backward));
   m.impl("_check_additive_attention", TORCH_BOX(&check_additive));
