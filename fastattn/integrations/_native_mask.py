@@ -119,7 +119,7 @@ class NativeMask(Tensor):
     def first_keys(self, length: int) -> Tensor:
         """The mask of the first ``length`` keys."""
         if length == self.rule.Lk:
-            return self
+            return self._with(self.rule)
         # Ends may lie beyond, and to look would mean to wait for a GPU; packed rows are as many as their keys.
         if self.ends is not None or self.cu_seqlens is not None:
             return self.dense()[..., :length]

@@ -329,7 +329,7 @@ def _attend_packed(
         sinks=None if s_aux is None else s_aux.reshape(-1),
         dropout_p=dropout,
     )
-    return o.view(B, L, *o.shape[1:])
+    return o.contiguous().view(B, L, *o.shape[1:])
 
 
 def _with_position_bias(position_bias: Tensor, bias: Tensor | None, Lk: int) -> Tensor:
