@@ -647,42 +647,31 @@ def test_masks_say_what_those_of_transformers_say(pattern: str) -> None:
     The mask is compared element by element, and what attention makes of it with poison in every key that no row sees.
     """
     native = 0
-    for Lq, past, room, dropped, side, flexible in itertools.product(
-        (1, 2, 4), (0, 1, 5), (0, 3), (0, 1), SIDES, (False, True)
-    ):
+    for Lq, past, room, dropped, side in itertools.product((1, 3), (0, 1, 5), (0, 3), (0, 1), SIDES):
         if dropped and (past == 0 or room):
             continue
         Lk = past + Lq + room - dropped
         more = {"mask_function": PATTERNS[pattern](), "attention_mask": tokens_kept(side, past + Lq + room)}
         wanted = truth(Lq, Lk, past, dropped, **more).expand(2, 1, Lq, Lk)
-        # A static cache has its length in a tensor, and masks for it must not depend on numbers that change.
-        got = ask(
-            integration.attention_mask,
-            Lq,
-            Lk,
-            past,
-            dropped,
-            tensor=flexible,
-            **more,
-            allow_is_causal_skip=not flexible,
-        )
-        case = f"{Lq=} {past=} {room=} {dropped=} {side=} {flexible=}"
-        assert tuple(got.shape) == (2, 1, Lq, Lk), case
-        assert got.dtype == torch.bool
-        if isinstance(got, NativeMask):
-            native += 1
-            assert torch.equal(got.dense(), wanted), case
-        else:
-            assert torch.equal(got, wanted), case
-            assert pattern.startswith("both"), case
         q, k, v = tensors(Lq, Lk)
         unseen = ~wanted.any(dim=2).squeeze(1)
         poisoned = [x.masked_fill(unseen[:, None, :, None], torch.nan) for x in (k, v)]
-        with recording() as record:
-            o = attend(got, q, *poisoned)
-        assert not isinstance(got, NativeMask) or record.dense == 0, case
-        torch.testing.assert_close(o, plain(q, k, v, wanted), msg=case)
-    assert native > 120
+        o = plain(q, k, v, wanted)
+        # A static cache has its length in a tensor, and masks for it must not depend on numbers that change.
+        for static in (False, True):
+            more["allow_is_causal_skip"] = not static
+            got = ask(integration.attention_mask, Lq, Lk, past, dropped, tensor=static, **more)
+            case = f"{Lq=} {past=} {room=} {dropped=} {side=} {static=}"
+            assert tuple(got.shape) == (2, 1, Lq, Lk), case
+            assert got.dtype == torch.bool
+            is_native = isinstance(got, NativeMask)
+            assert is_native or pattern.startswith("both"), case
+            native += is_native
+            assert torch.equal(got.dense() if isinstance(got, NativeMask) else got, wanted), case
+            with recording() as record:
+                torch.testing.assert_close(attend(got, q, *poisoned), o, msg=case)
+            assert not is_native or record.dense == 0, case
+    assert native > 50
 
 
 def test_what_is_no_interval_is_a_matrix() -> None:
@@ -806,9 +795,9 @@ def test_graphs_take_native_masks_and_are_not_made_anew_at_each_step() -> None:
     assert graphs == 1
 
 
-def test_a_whole_model_in_one_graph(pair: Any) -> None:
+def test_a_whole_model_in_one_graph() -> None:
     torch._dynamo.reset()
-    _, fast = pair("mistral")
+    fast = build("mistral", NAME, num_hidden_layers=1)
     mask = padding("left")
     compiled = torch.compile(
         lambda tokens, mask: fast(input_ids=tokens, attention_mask=mask, use_cache=False).logits,
