@@ -4,7 +4,8 @@ transformers asks a mask function for a (B, 1, Lq, Lk) mask once per forward pas
 model's code to the attention function of each layer. A :class:`NativeMask` is a tensor for all that code: it has the
 shape and the dtype (bool, True = keep) of the mask, can be sliced to fewer keys, moved, detached and checkpointed.
 The attention function takes arguments of ``fastattn.attention`` from it (:func:`options_of`). An operation that
-needs the elements after all (a model that adds a bias to its mask) makes them first: slower, and just as right.
+needs the elements after all makes them first: slower, and just as right. Code that adds the mask to scores means one of
+floats, as "eager" has them, and gets it: 0 where the mask keeps, the smallest number elsewhere.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class NativeMask(Tensor):
                 return mask._with(mask.rule, kwargs.get("device"))
             if func is torch.ops.aten.slice.Tensor and (length := _first_keys(mask, *args[1:])) is not None:
                 return mask.first_keys(length)
+        if func in _SUMS and len(args) == 2 and not kwargs:
+            args = tuple(_added_to(x, y) for x, y in (args, reversed(args)))
         dense = torch.utils._pytree.tree_map_only(NativeMask, NativeMask.dense, (args, kwargs))
         return func(*dense[0], **dense[1])
 
@@ -153,6 +156,16 @@ class NativeMask(Tensor):
             sequence = torch.searchsorted(self.cu_seqlens, rows, right=True).view(rule.B, 1, rule.Lq)
             visible &= sequence[..., :, None] == sequence[..., None, :]
         return visible
+
+
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+def _added_to(mask: Any, scores: Any) -> Any:
+    if not isinstance(mask, NativeMask) or not isinstance(scores, Tensor) or not scores.is_floating_point():
+        return mask
+    hidden = torch.finfo(scores.dtype).min
+    return torch.zeros((), dtype=scores.dtype, device=mask.device).where(mask.dense(), hidden)
 
 
 _COPIES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.clone.default)

@@ -618,8 +618,8 @@ _COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|_ATTENTION_FUN
 _ASKS = "_ATTENTION_FUNCTIONS"
 
 
-def _prepare(model_class: type) -> None:
-    """Before the layers of a model are built: make the classes that it needs, and warn where it asks for nothing."""
+def _prepare(model_class: type) -> bool:
+    """Before the layers of a model are built: make the classes that it needs. False: it asks for no implementation."""
     module = sys.modules.get(model_class.__module__)
     named = {} if module is None else vars(module)
     tables = {name: x for name, x in named.items() if _CLASSES.fullmatch(name) and isinstance(x, dict)}
@@ -631,27 +631,33 @@ def _prepare(model_class: type) -> None:
                 f'fastattn: {model_class.__name__} has no layers for attn_implementation="{NAME}": {name} knows'
                 f' {sorted(table)}; use attn_implementation="eager" for it.'
             )
-    if not tables and module is not None:
-        _warn_bypass(module, model_class.__name__)
+    if tables or module is None or not _computes_itself(module):
+        return True
+    _warn_bypass(model_class)
+    return False
 
 
 @functools.cache
-def _warn_bypass(module: Any, name: str) -> None:
-    """Warns once for each class."""
+def _computes_itself(module: Any) -> bool:
     try:
         code = inspect.getsource(module)
     except (OSError, TypeError):
-        return
-    if _ASKS not in code and _COMPUTES.search(code) and re.search(r"^class \w*Attention\w*\(", code, re.MULTILINE):
-        from transformers import __version__
+        return False
+    has_layers = re.search(r"^class \w*Attention\w*\(", code, re.MULTILINE)
+    return bool(_ASKS not in code and _COMPUTES.search(code) and has_layers)
 
-        warnings.warn(
-            f"fastattn: {name} of transformers {__version__} computes attention in its own code and asks for no"
-            f' attn_implementation: "{NAME}" changes nothing in it. fastattn.integrations.transformers.check(model)'
-            " lists such layers.",
-            RuntimeWarning,
-            stacklevel=7,
-        )
+
+@functools.cache
+def _warn_bypass(model_class: Any) -> None:
+    from transformers import __version__
+
+    warnings.warn(
+        f"fastattn: {model_class.__name__} of transformers {__version__} computes attention in its own code and asks"
+        f' for no attn_implementation: instead of "{NAME}" it is built as "eager".'
+        " fastattn.integrations.transformers.check(model) lists such layers.",
+        RuntimeWarning,
+        stacklevel=7,
+    )
 
 
 # --- Registration -----------------------------------------------------------------------------------------------------
@@ -671,7 +677,7 @@ def register() -> str:
     Rows that are padding themselves may come out different from "eager", which gives them an average of everything.
 
     Some models have no layers that ask for an implementation. transformers 4 has many, T5 among them, and a warning
-    says so here. In any version, building such a model with "fastattn" warns by name, once for each class, and `check`
+    says so here. In any version such a model is built as "eager", a warning names it, once for each class, and `check`
     says it of every layer. docs/transformers.md has the table.
 
     A second call does nothing. `unregister` undoes it.
@@ -708,8 +714,9 @@ def register() -> str:
 
         @functools.wraps(original)
         def get_correct_attn_implementation(self: Any, requested: str | None, *args: Any, **kwargs: Any) -> Any:
-            if requested == NAME:
-                _prepare(type(self))
+            # Code that adds masks to scores must get those of "eager", which are floats.
+            if requested == NAME and not _prepare(type(self)):
+                requested = "eager"
             return original(self, requested, *args, **kwargs)
 
         get_correct_attn_implementation._fastattn_original = original  # type: ignore[attr-defined]
@@ -717,8 +724,8 @@ def register() -> str:
     if not known and (version := _version())[0] == 4:
         warnings.warn(
             f"fastattn: in transformers {'.'.join(map(str, version))} T5, mT5, LongT5, BLOOM, DeBERTa, XLNet and others"
-            f' compute attention in their own code: attn_implementation="{NAME}" changes nothing in them, and building'
-            " one warns. docs/transformers.md says which; T5 and its relatives are served in transformers 5.",
+            f' compute attention in their own code: instead of "{NAME}" they are built as "eager", with a warning.'
+            " docs/transformers.md says which; T5 and its relatives are served by newer releases of transformers 5.",
             RuntimeWarning,
             stacklevel=2,
         )
