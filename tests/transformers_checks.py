@@ -186,6 +186,19 @@ DECODERS = {
 BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 OTHERS = {
     "bert": Family("BertModel", "BertConfig", {**SIZES, **BERT}),
+    "distilbert": Family(
+        "DistilBertModel",
+        "DistilBertConfig",
+        {
+            "vocab_size": 99,
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+    ),
     "vit": Family(
         "ViTModel",
         "ViTConfig",
@@ -505,8 +518,9 @@ def test_bfloat16_by_the_error_rule(name: str, pair: Any) -> None:
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
-def test_bert(side: str | None, pair: Any) -> None:
-    eager, fast = pair("bert")
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_encoders(name: str, side: str | None, pair: Any) -> None:
+    eager, fast = pair(name)
     mask = padding(side)
     real = torch.ones_like(TOKENS).bool() if mask is None else mask.bool()
     record = compare(eager, fast, lambda model: model(input_ids=TOKENS, attention_mask=mask).last_hidden_state[real])
@@ -1081,6 +1095,16 @@ def test_models_that_ask_for_nothing_are_named_when_they_are_built() -> None:
         transformers.BloomModel(config)  # once
 
 
+def test_a_class_that_looks_at_the_implementation_itself_is_not_called_served() -> None:
+    integration._warn_bypass.cache_clear()
+    config = transformers.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    config._attn_implementation = NAME
+    with pytest.warns(RuntimeWarning, match=r'^fastattn: FalconModel of .* it is built as "eager"'):
+        model = transformers.FalconModel(config)
+    assert integration.check(model).served == ()
+    assert len(integration.check(model).left) == 1
+
+
 def test_models_with_a_class_for_each_implementation() -> None:
     """Most of transformers 4's BERTs; a few in 5."""
 
@@ -1094,7 +1118,7 @@ def test_models_with_a_class_for_each_implementation() -> None:
     model_class = type("MyModel", (), {"__module__": module.__name__})
     sys.modules[module.__name__] = module
     try:
-        integration._prepare(model_class)
+        assert integration._prepare(model_class)
         layer = module.THING_ATTENTION_CLASSES[NAME]()
         assert type(layer).__name__ == "FastattnThing"
         q = torch.randn(1, 2, 4, 8)

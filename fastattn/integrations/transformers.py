@@ -586,9 +586,13 @@ class _SdpaHere(TorchFunctionMode):
     """Calls of PyTorch's scaled_dot_product_attention in this thread are fastattn's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             func = fastattn.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
+            mask = kwargs.get("attn_mask")
+            if mask is not None and mask.ndim == 2:  # DistilBERT hands on the user's own: (B, Lk), 1 = keep
+                kwargs = {**kwargs, "attn_mask": (mask != 0)[:, None, None, :]}
+        return func(*args, **kwargs)
 
 
 @functools.cache
@@ -614,37 +618,36 @@ def _on_fastattn(sdpa_class: type[torch.nn.Module]) -> type[torch.nn.Module]:
 # Modules such as transformers.models.bert.modeling_bert have BERT_SELF_ATTENTION_CLASSES["sdpa"].
 _CLASSES = re.compile(r"[A-Z0-9_]+_ATTENTION_CLASSES")
 # How a layer's code computes attention, or asks for a function that does.
-_COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|_ATTENTION_FUNCTIONS")
+_COMPUTES = re.compile(r"[sS]oftmax\(|scaled_dot_product_attention\(|_ATTENTION_FUNCTIONS?\b")
 _ASKS = "_ATTENTION_FUNCTIONS"
+_LAYER = re.compile(r"^class \w*Attention\w*\(", re.MULTILINE)
 
 
 def _prepare(model_class: type) -> bool:
-    """Before the layers of a model are built: make the classes that it needs. False: it asks for no implementation."""
+    """Before the layers of a model are built: make the classes that it needs. False: its layers cannot be served."""
     module = sys.modules.get(model_class.__module__)
-    named = {} if module is None else vars(module)
-    tables = {name: x for name, x in named.items() if _CLASSES.fullmatch(name) and isinstance(x, dict)}
-    for name, table in tables.items():
-        if "sdpa" in table:
+    if module is None:
+        return True
+    tables = [x for name, x in vars(module).items() if _CLASSES.fullmatch(name) and isinstance(x, dict)]
+    # A class for both, such as Falcon's, looks at the name of the implementation itself.
+    served = all("sdpa" in table and table["sdpa"] is not table.get("eager") for table in tables)
+    code = _code_of(module)
+    if tables and served:
+        for table in tables:
             table.setdefault(NAME, _on_fastattn(table["sdpa"]))
-        elif NAME not in table:
-            raise ValueError(
-                f'fastattn: {model_class.__name__} has no layers for attn_implementation="{NAME}": {name} knows'
-                f' {sorted(table)}; use attn_implementation="eager" for it.'
-            )
-    if tables or module is None or not _computes_itself(module):
+        return True
+    if not tables and (_ASKS in code or not _COMPUTES.search(code) or not _LAYER.search(code)):
         return True
     _warn_bypass(model_class)
     return False
 
 
 @functools.cache
-def _computes_itself(module: Any) -> bool:
+def _code_of(module_or_class: Any) -> str:
     try:
-        code = inspect.getsource(module)
+        return inspect.getsource(module_or_class)
     except (OSError, TypeError):
-        return False
-    has_layers = re.search(r"^class \w*Attention\w*\(", code, re.MULTILINE)
-    return bool(_ASKS not in code and _COMPUTES.search(code) and has_layers)
+        return ""
 
 
 @functools.cache
@@ -652,8 +655,8 @@ def _warn_bypass(model_class: Any) -> None:
     from transformers import __version__
 
     warnings.warn(
-        f"fastattn: {model_class.__name__} of transformers {__version__} computes attention in its own code and asks"
-        f' for no attn_implementation: instead of "{NAME}" it is built as "eager".'
+        f"fastattn: {model_class.__name__} of transformers {__version__} computes attention in its own code, with"
+        f' no place for another: instead of "{NAME}" it is built as "eager".'
         " fastattn.integrations.transformers.check(model) lists such layers.",
         RuntimeWarning,
         stacklevel=7,
@@ -818,7 +821,7 @@ def check(model: torch.nn.Module) -> ServedAttention:
     served, left = [], {}
     for name, module in model.named_modules():
         kind: Any = type(module)
-        if "attention" in kind.__name__.lower() and _COMPUTES.search(code := _code_of(kind)):
+        if "attention" in kind.__name__.lower() and _COMPUTES.search(code := _code_of_layer(kind)):
             reason = _why_left(module, code)
             if reason is None:
                 served.append(name)
@@ -827,18 +830,14 @@ def check(model: torch.nn.Module) -> ServedAttention:
     return ServedAttention(tuple(served), left)
 
 
-@functools.cache
-def _code_of(module_class: Any) -> str:
-    """The source of a class as far as it has one of its own, and of those that it has its forward from."""
+def _code_of_layer(layer_class: Any) -> str:
+    """The source of a class, and of those that it has its forward from."""
     texts = []
-    for base in module_class.__mro__:
+    for base in layer_class.__mro__:
         if base is torch.nn.Module:
             break
-        try:
-            texts.append(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-        if "forward" in vars(base):
+        texts.append(_code_of(base))
+        if "forward" in vars(base) and texts[-1]:
             break
     return "\n".join(texts)
 
