@@ -573,13 +573,15 @@ class _Storage:
     def __init__(self, cache: KVCache, pages: int, page_size: int) -> None:
         stored = cache.dtype if cache.quantize is None else torch.int8
         shape = (pages, cache.kv_heads, page_size)
-        self.k = torch.empty((*shape, cache.head_dim), dtype=stored, device=cache.device)
-        self.v = torch.empty((*shape, cache.v_head_dim), dtype=stored, device=cache.device)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
-        if cache.quantize is not None:
-            self.k_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
-            self.v_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
+        # Ordinary tensors: those made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.k = torch.empty((*shape, cache.head_dim), dtype=stored, device=cache.device)
+            self.v = torch.empty((*shape, cache.v_head_dim), dtype=stored, device=cache.device)
+            if cache.quantize is not None:
+                self.k_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
+                self.v_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
