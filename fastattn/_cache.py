@@ -527,9 +527,10 @@ class KVCache:
         k_cache, v_cache = storage.k, storage.v
         if not self.is_paged and all(plan.tables[s] == [n] for n, s in enumerate(chosen)):
             # One sequence after the other, as they lie in memory: no table needed.
-            rows = slice(len(chosen))
-            k_cache, v_cache = k_cache[rows], v_cache[rows]
-            cache = {name: None if x is None else x[rows] for name, x in cache.items()}
+            if len(chosen) != self.pages:
+                rows = slice(len(chosen))
+                k_cache, v_cache = k_cache[rows], v_cache[rows]
+                cache = {name: None if x is None else x[rows] for name, x in cache.items()}
         else:
             changes, sequences, table = self._last_table
             if plan.taken or changes != self._changes or sequences != chosen:
