@@ -41,9 +41,11 @@ struct AttentionParams {
 
   // A cache in pages, in the forward pass: key j of sequence b is row j % page_size of page
   // block_table[b * block_table_stride + j / page_size]; k [pages, Hkv, page_size, D] and v alike, the batch strides go
-  // from page to page. Entries beyond a sequence's keys are not read. Null: each sequence has rows of its own.
+  // from page to page. Entries beyond a sequence's keys are not read, nor are those of keys before the first row's
+  // window. All others lie in [0, pages); on a GPU, where nobody can check that, others count as the nearest that do.
+  // Null: each sequence has rows of its own.
   const int32_t* block_table = nullptr;
-  int64_t block_table_stride = 0, page_size = 0;
+  int64_t block_table_stride = 0, page_size = 0, pages = 0;
   // Keys and values as int8, in the forward pass: number times the scale of its row, [B (or pages), Hkv, row], float.
   // Both or none; null: k and v are of dtype.
   const float* k_scale = nullptr;
