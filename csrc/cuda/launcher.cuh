@@ -13,6 +13,7 @@
 #include "cuda/hard_backward.cuh"
 #include "cuda/hard_forward.cuh"
 #include "cuda/kernel.h"
+#include "cuda/packed.cuh"
 #include "cuda/summary.cuh"
 
 namespace fastattn::cuda {
@@ -36,6 +37,10 @@ inline std::string describe(const ForwardParams& p) {
 inline std::string describe(const BackwardParams& p) { return describe(p.grad.forward); }
 inline std::string describe(const BiasGradientParams& p) {
   return describe(p.backward) + " chunks=" + std::to_string(p.chunks);
+}
+inline std::string describe(const UncoveredParams& p) {
+  return describe(p.attention) + " packed_rows=" + std::to_string(p.attention.packed_rows) +
+         " packed_keys=" + std::to_string(p.attention.packed_keys);
 }
 inline std::string describe(const DropoutMaskParams& p) {
   return "rows=" + std::to_string(p.rows) + " Lk=" + std::to_string(p.Lk);

@@ -48,6 +48,19 @@ inline StatStrides stat_strides(const AttentionParams& p) {
   return {p.Hq * p.Lq, p.Lq};
 }
 
+// For kernels to which a row is a row, whosever it is: packed sequences are one sequence to them.
+inline AttentionParams as_one_sequence(AttentionParams p) {
+  if (p.cu_seqlens_q == nullptr) return p;
+  p.B = 1;
+  p.Lq = p.packed_rows;
+  p.cu_seqlens_q = p.cu_seqlens_k = nullptr;
+  return p;
+}
+inline int64_t all_rows(const AttentionParams& p) {
+  const AttentionParams one = as_one_sequence(p);
+  return one.B * one.Hq * one.Lq;
+}
+
 // A row of a tile in the forward pass: query i of head h. Where few queries meet many keys, the heads that share their
 // keys become rows of one tile ("packed": row r is query r / heads of head first_head + r % heads), which then reads
 // those keys once. Otherwise heads = 1.
