@@ -153,11 +153,11 @@ struct BackwardKeysKernel {
     // By way of the warp's own rows of k's and v's tiles, which only this warp has read.
     const Coordinates at = coordinates(p);
     if constexpr (kWantsDk) {
-      write(dk, p, at, p.constants.scale, k_tile, p.grad.dk, p.grad.dk_stride, p.is_aligned_dk, static_cast<int>(a.D));
+      write(dk, at, p.constants.scale, k_tile, p.grad.dk, p.grad.dk_stride, p.is_aligned_dk, static_cast<int>(a.D));
     }
     if constexpr (kWantsDv) {
       const float factor = kModified ? p.constants.keep_scale : 1.0f;
-      write(dv, p, at, factor, kWantsDk ? v_tile : k_tile, p.grad.dv, p.grad.dv_stride, p.is_aligned_dv,
+      write(dv, at, factor, kWantsDk ? v_tile : k_tile, p.grad.dv, p.grad.dv_stride, p.is_aligned_dv,
             static_cast<int>(a.Dv));
     }
   }
@@ -242,7 +242,7 @@ struct BackwardKeysKernel {
     }
   }
 
-  FASTATTN_DEVICE void write(float (&acc)[kM][kD][4], const Params& p, const Coordinates& at, float factor,
+  FASTATTN_DEVICE void write(float (&acc)[kM][kD][4], const Coordinates& at, float factor,
                              SharedAddress staging, void* tensor, const int64_t (&stride)[3], bool is_aligned,
                              int dim) {
 #pragma unroll

@@ -4,6 +4,7 @@
 //   template <class Kernel> void launch(int64_t blocks, const typename Kernel::Params& params);
 #pragma once
 
+#include "cuda/append.cuh"
 #include "cuda/combine.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/heuristics.h"
@@ -213,6 +214,11 @@ void run_backward(Launcher& launcher, const AttentionGradParams& g, const Device
     default:
       return launch_backward<DType::kFloat16>(launcher, plan, p);
   }
+}
+
+template <class Launcher>
+void run_append(Launcher& launcher, const CacheAppendParams& p) {
+  launcher.template launch<AppendKernel>(AppendKernel::blocks(p), p);
 }
 
 template <class Launcher>

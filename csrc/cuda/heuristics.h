@@ -113,7 +113,7 @@ inline ForwardPlan plan_forward(const AttentionParams& p, bool has_modifiers, co
   // Of packed sequences most may be shorter than the longest, and have no use for all of its tiles: those that do are
   // at most so many.
   int64_t busy = blocks;
-  if (p.cu_seqlens_q != nullptr) {
+  if (p.packed_rows != 0) {
     const int64_t tiles_with_rows = p.packed_rows * plan.packed_heads / tiles.block_m + p.B;
     busy = min_i64(blocks, tiles_with_rows * (p.Hq / plan.packed_heads));
   }
