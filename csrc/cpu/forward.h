@@ -18,6 +18,7 @@ struct ForwardScratch {
   RowScratch rows;
   float* ot;       // O^T by panels, not yet divided by the row sums
   float* v;        // a copy of V, where it is needed
+  void* v_cached;  // rows of V out of pages or int8 numbers
   float* dropout;  // [keys][kBlockRows]
 };
 
@@ -32,6 +33,7 @@ inline ForwardScratch forward_scratch(const AttentionParams& p, char* memory, si
   s.rows = row_scratch(&arena);
   s.ot = arena.take<float>(ot_columns(p) * kBlockRows);
   s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
+  s.v_cached = arena.take<typename Operands::Raw>(cached_copy(p, kMaxBlockKeys, p.Dv));
   s.dropout = arena.take<float>(p.dropout_p > 0.0 ? kMaxBlockKeys * kBlockRows : 0);
   if (bytes != nullptr) *bytes = static_cast<size_t>(arena.at - memory);
   return s;
@@ -49,8 +51,9 @@ struct WeightedSum {
     using Raw = typename Operands::Raw;
     if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
     const int64_t hkv = tile.hq / (p.Hq / p.Hkv);
-    v = Operands::broadcast_columns(scratch.v, row_at<const Raw>(p.v, p.v_stride, tile.b, hkv, tile.j0), p.v_stride[2],
-                                    tile.nk, p.Dv);
+    const CachedRows<Raw> rows = cached_rows<typename Operands::Element>(p, cached_values(p), tile.b, hkv, tile.j0,
+                                                                         tile.nk, static_cast<Raw*>(scratch.v_cached));
+    v = Operands::broadcast_columns(scratch.v, rows.data, rows.stride, tile.nk, p.Dv);
   }
 
   inline void clear() const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward.h"
+#include "cpu/cache.h"
 #include "cpu/forward.h"
 #include "cpu/hard.h"
 #include "cpu/kernels.h"
@@ -95,6 +96,24 @@ void key_mass_item(const SummaryParams& sp, const KeyMassItem& item, void* scrat
                 [&]<class Operands>() { key_mass_item_as<Operands>(sp, item, static_cast<char*>(scratch)); });
 }
 
+size_t append_scratch_bytes(const CacheAppendParams& p) {
+  size_t bytes = 0;
+  append_scratch(p, nullptr, &bytes);
+  return bytes;
+}
+
+void append_item(const CacheAppendParams& p, const AppendItem& item, void* scratch) {
+  char* memory = static_cast<char*>(scratch);
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return append_item_as<BFloat16>(p, item, memory);
+    case DType::kFloat16:
+      return append_item_as<Float16>(p, item, memory);
+    default:
+      return append_item_as<Float32>(p, item, memory);
+  }
+}
+
 // Independent chains of multiply-adds, as many as the register file holds beside their operands: the peak that the
 // benchmark compares with.
 template <class Unit>
@@ -126,9 +145,21 @@ double multiply_adds(DType dtype, int64_t rounds, float* sink) {
 }  // namespace
 
 const KernelTable kernels = {
-    forward_scratch_bytes, forward_item, backward_scratch_bytes, backward_task, reduce_dq,
-    hard_scratch_bytes,    hard_item,    summary_scratch_bytes,  summary_item,  key_mass_scratch_bytes,
-    key_mass_item,         2 * kLanes,   multiply_adds,
+    forward_scratch_bytes,
+    forward_item,
+    backward_scratch_bytes,
+    backward_task,
+    reduce_dq,
+    hard_scratch_bytes,
+    hard_item,
+    summary_scratch_bytes,
+    summary_item,
+    key_mass_scratch_bytes,
+    key_mass_item,
+    append_scratch_bytes,
+    append_item,
+    2 * kLanes,
+    multiply_adds,
 };
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 
+#include "core/cache.h"
 #include "core/params.h"
 
 namespace fastattn::cpu {
@@ -35,6 +36,11 @@ struct KeyMassItem {
   int64_t b, hq, j0, j1;
 };
 
+// The new tokens [t0, t1) of sequence b, with all their heads.
+struct AppendItem {
+  int64_t b, t0, t1;
+};
+
 struct KernelTable {
   size_t (*forward_scratch_bytes)(const AttentionParams&);
   void (*forward_item)(const AttentionParams&, const ForwardItem&, void* scratch);
@@ -53,6 +59,9 @@ struct KernelTable {
   // After the items of all rows, whose row_max and row_sum it reads.
   size_t (*key_mass_scratch_bytes)(const SummaryParams&, int64_t chunk_keys);
   void (*key_mass_item)(const SummaryParams&, const KeyMassItem&, void* scratch);
+
+  size_t (*append_scratch_bytes)(const CacheAppendParams&);
+  void (*append_item)(const CacheAppendParams&, const AppendItem&, void* scratch);
 
   int64_t dq_padding;  // rows of dq partials hold a multiple of this many floats
 

@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kSmallScores = 64;
 constexpr int64_t kSmallScoresForward = 36;
 FASTATTN_FN bool is_small_forward(const AttentionParams& p) {
-  return p.w == nullptr && p.Lq * p.Lk <= kSmallScoresForward;
+  return p.w == nullptr && p.block_table == nullptr && p.k_scale == nullptr && p.Lq * p.Lk <= kSmallScoresForward;
 }
 FASTATTN_FN bool is_small_backward(const AttentionParams& p) { return p.w == nullptr && p.Lq * p.Lk <= kSmallScores; }
 
