@@ -12,6 +12,7 @@ from fastattn._ops import draw_rng_state
 from .cases import Inputs
 from .compare import Quantities
 from .emulated import Runs, arguments, array, core, tensor
+from .kv_cache_calls import Call
 from .packed import PackedProblem
 
 
@@ -44,3 +45,27 @@ def compute_emulated_packed(problem: PackedProblem, manual_seed: int = 0, **emul
     if problem.kwargs.get("sinks") is not None:
         found["dsinks"] = tensor(backward["d_sinks"])
     return found, {"forward": forward["run"], "backward": backward["run"]}
+
+
+def compute_emulated_cache(call: Call, **emulator: Any) -> tuple[Quantities, list[str]]:
+    """What attention_with_kv_cache does and gives, by the emulated kernels; the cache is changed in place."""
+    given = call.arguments()
+    k_cache, v_cache = array(call.k_cache), array(call.v_cache)
+    lengths, kernels = call.lengths.numpy(), []
+    cache = {name: given[name].numpy() for name in ("block_table", "k_scale", "v_scale") if given[name] is not None}
+    q = array(call.q)
+    if call.k is not None and call.v is not None:
+        angles = {}
+        if call.angles:
+            angles = {"cos": array(call.angles["rotary_cos"]), "sin": array(call.angles["rotary_sin"]), "q": q}
+        done = core.emulated_append_to_cache(
+            array(call.k), array(call.v), k_cache, v_cache, lengths,
+            interleaved=call.case.interleaved, emulator=emulator, **cache, **angles,
+        )  # fmt: skip
+        lengths, q = done["new_lengths"], done.get("rotated_q", q)
+        kernels += done["run"]["kernels"]
+    kwargs = arguments(Inputs(call.q, call.q, call.q, call.q, call.q, call.options), None)
+    done = core.emulated_attention_forward(
+        q, k_cache, v_cache, kv_lengths=lengths, emulator=emulator, **cache, **kwargs
+    )
+    return {name: tensor(done[name]) for name in ("o", "lse")}, [*kernels, *done["run"]["kernels"]]

@@ -72,8 +72,8 @@ struct AppendKernel {
       return;
     }
     const int64_t(&scale_stride)[3] = is_k ? p.k_scale_stride : p.v_scale_stride;
-    float* const scale = (is_k ? p.k_scale : p.v_scale) +
-                         (to.batch * scale_stride[0] + h * scale_stride[1] + to.row * scale_stride[2]);
+    float* const scale =
+        (is_k ? p.k_scale : p.v_scale) + (to.batch * scale_stride[0] + h * scale_stride[1] + to.row * scale_stride[2]);
     quantise(static_cast<int8_t*>(cache) + (to.batch * stride[0] + h * stride[1] + to.row * stride[2]), scale, p, row);
   }
 

@@ -242,9 +242,8 @@ struct BackwardKeysKernel {
     }
   }
 
-  FASTATTN_DEVICE void write(float (&acc)[kM][kD][4], const Coordinates& at, float factor,
-                             SharedAddress staging, void* tensor, const int64_t (&stride)[3], bool is_aligned,
-                             int dim) {
+  FASTATTN_DEVICE void write(float (&acc)[kM][kD][4], const Coordinates& at, float factor, SharedAddress staging,
+                             void* tensor, const int64_t (&stride)[3], bool is_aligned, int dim) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -253,9 +252,8 @@ struct BackwardKeysKernel {
         for (int e = 0; e < 4; ++e) acc[m][tile][e] *= factor;
       }
     }
-    char* const out =
-        static_cast<char*>(tensor) +
-        (at.b * stride[0] + at.hkv * stride[1] + at.first_key * stride[2] + at.column) * kBytes;
+    char* const out = static_cast<char*>(tensor) +
+                      (at.b * stride[0] + at.hkv * stride[1] + at.first_key * stride[2] + at.column) * kBytes;
     sync_warp();
     store_accumulators<TileKV>(acc, staging, warp_row());
     sync_warp();

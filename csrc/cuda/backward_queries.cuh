@@ -78,8 +78,8 @@ struct BackwardQueriesKernel {
       const auto d_o_rows = RowPointer<kBytes>::make(p.grad.d_o, p.grad.d_o_stride, b, h);
       load_tile<TileQ, kThreads>(q_tile, q_rows.at(at.first_row), q_rows.row_bytes, rows, static_cast<int>(a.D),
                                  p.is_aligned_q);
-      load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(at.first_row), d_o_rows.row_bytes, rows,
-                                 static_cast<int>(a.Dv), p.is_aligned_d_o);
+      load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(at.first_row), d_o_rows.row_bytes, rows, static_cast<int>(a.Dv),
+                                 p.is_aligned_d_o);
       load_keys(n_begin);
     }
 
@@ -162,9 +162,8 @@ struct BackwardQueriesKernel {
   FASTATTN_DEVICE void write(const float (&dq)[kM][kD][4], const Params& p) {
     const Coordinates at = coordinates(p);
     const int64_t(&stride)[3] = p.grad.dq_stride;
-    char* const out =
-        static_cast<char*>(p.grad.dq) +
-        (at.b * stride[0] + at.h * stride[1] + at.first_row * stride[2] + at.column) * kBytes;
+    char* const out = static_cast<char*>(p.grad.dq) +
+                      (at.b * stride[0] + at.h * stride[1] + at.first_row * stride[2] + at.column) * kBytes;
     const SharedAddress staging = shared_base();
     sync_warp();
     store_accumulators<TileQ>(dq, staging, warp_row());

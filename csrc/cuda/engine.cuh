@@ -146,8 +146,8 @@ inline BiasGradientParams backward_params(const AttentionGradParams& given, cons
   p.grad = given;
   AttentionGradParams& g = p.grad;
   AttentionParams& a = g.forward;
-  for (auto* stride : {&a.q_stride, &a.k_stride, &a.v_stride, &a.o_stride, &g.d_o_stride, &g.dq_stride, &g.dk_stride,
-                       &g.dv_stride}) {
+  for (auto* stride :
+       {&a.q_stride, &a.k_stride, &a.v_stride, &a.o_stride, &g.d_o_stride, &g.dq_stride, &g.dk_stride, &g.dv_stride}) {
     drop_batch_stride(a, *stride);
   }
   p.constants = score_constants(a);

@@ -99,13 +99,13 @@ struct ForwardKernel {
     const auto [n_begin, n_end] = tiles_of_split<kBlockN>(keys, split, p.splits);
 
     const SharedAddress q_tile = shared_base(), k_tile = q_tile + TileQ::kBytes, v_tile = k_tile + TileKV::kBytes;
-    const int key_count = static_cast<int>(geometry.Lk);
+    const int key_count = static_cast<int>(geometry.Lk), key_begin = static_cast<int>(keys.begin);
     const auto load_k = [&](int n) {
-      load_keys(k_tile, a, {a.k, a.k_stride, a.k_scale, a.k_scale_stride}, b, hkv, n * kBlockN, key_count,
+      load_keys(k_tile, a, {a.k, a.k_stride, a.k_scale, a.k_scale_stride}, b, hkv, n * kBlockN, key_begin, key_count,
                 static_cast<int>(a.D), p.is_aligned_k);
     };
     const auto load_v = [&](int n) {
-      load_keys(v_tile, a, {a.v, a.v_stride, a.v_scale, a.v_scale_stride}, b, hkv, n * kBlockN, key_count,
+      load_keys(v_tile, a, {a.v, a.v_stride, a.v_scale, a.v_scale_stride}, b, hkv, n * kBlockN, key_begin, key_count,
                 static_cast<int>(a.Dv), p.is_aligned_v);
     };
 
@@ -168,20 +168,19 @@ struct ForwardKernel {
 
   FASTATTN_DEVICE int warp_row() { return warp_index() * 16 * kM; }  // of the tile's rows, the first of this warp's
 
-  // A tile of keys or values, from key j0 on.
+  // A tile of keys or values, from key j0 on; of those that are looked up, [begin, keys) alone, which rows here see.
   FASTATTN_DEVICE void load_keys(SharedAddress tile, const AttentionParams& a, const CacheTensor& t, int b, int hkv,
-                                 int j0, int keys, int dim, bool is_aligned) {
+                                 int j0, int begin, int keys, int dim, bool is_aligned) {
     const int head = static_cast<int>(opaque(static_cast<uint32_t>(hkv)));
     // Pages and int8 are left to the kernels with modifiers: the plain ones have no registers for more addresses.
     if (kModified && is_gathered<kBlockN>(a)) {
-      gather_cache_tile<TileKV, kThreads>(tile, a, t, b, head, j0, keys, dim, is_aligned);
+      gather_cache_tile<TileKV, kThreads>(tile, a, t, b, head, j0, begin, keys, dim, is_aligned);
     } else {
       // Rows one after the other: the sequence's own, or those of a page that has all of the tile.
       CachePlace first = {b, static_cast<int>(sequence_rows(a, b).first_key) + j0};
       if (kModified && a.block_table != nullptr) first = cache_place(a, b, j0);
-      const char* const rows =
-          static_cast<const char*>(t.data) +
-          (first.batch * t.stride[0] + head * t.stride[1] + first.row * t.stride[2]) * kBytes;
+      const char* const rows = static_cast<const char*>(t.data) +
+                               (first.batch * t.stride[0] + head * t.stride[1] + first.row * t.stride[2]) * kBytes;
       load_tile<TileKV, kThreads>(tile, rows, t.stride[2] * kBytes, keys - j0, dim, is_aligned);
     }
     cp_async_commit();

@@ -57,8 +57,7 @@ FASTATTN_DEVICE void differentiate_plain(float& x, float& dp, const RowStatistic
 // scale * q . k. Returns the gradient of the score, which is the bias's. The caller has left out keys that the interval
 // hides.
 FASTATTN_DEVICE float differentiate_modified(float& x, float& dp, const RowStatistics& row, bool is_kept,
-                                             const BackwardParams& p, const Intervals& g, int b, int h, int i,
-                                             int j) {
+                                             const BackwardParams& p, const Intervals& g, int b, int h, int i, int j) {
   const CappedScore cap = capped(p.constants, x);
   const float score = modified(p.grad.forward, g, cap.value, b, h, i, j);
   const float weight = exp2_approx((score - row.m) * kLog2E) * row.inverse_l;

@@ -10,7 +10,7 @@
 namespace fastattn::cuda {
 
 struct PackedTensor {
-  void* data = nullptr;  // [rows, heads, bytes]; null: nothing to do
+  void* data = nullptr;                   // [rows, heads, bytes]; null: nothing to do
   int64_t head_bytes = 0, row_bytes = 0;  // from one to the next
   int64_t heads = 0, bytes = 0;
 };

@@ -39,9 +39,7 @@ FASTATTN_DEVICE MaskGeometry sequence_geometry(const AttentionParams& p, int b) 
 struct StatStrides {
   int64_t batch = 0, head = 0;
 
-  FASTATTN_ALWAYS_INLINE int64_t at(int b, int h, int64_t first_row) const {
-    return b * batch + h * head + first_row;
-  }
+  FASTATTN_ALWAYS_INLINE int64_t at(int b, int h, int64_t first_row) const { return b * batch + h * head + first_row; }
 };
 inline StatStrides stat_strides(const AttentionParams& p) {
   if (p.cu_seqlens_q != nullptr) return {0, p.packed_rows};

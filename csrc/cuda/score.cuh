@@ -75,9 +75,9 @@ FASTATTN_DEVICE MaskGeometry geometry_again(const AttentionParams& p, int b) {
   return mask_geometry(p, opaque(static_cast<uint32_t>(b)));
 }
 
-// The same in 32 bits, for sequences that may be packed: row i sees the keys from i + lo_offset to before i + hi_offset,
-// as far as they exist. Offsets end at -kMaxLength and kMaxLength, beyond which nothing changes, so that no sum
-// overflows. MaskGeometry would take twice the registers, and not all kernels have them.
+// The same in 32 bits, for sequences that may be packed: row i sees the keys from i + lo_offset to before
+// i + hi_offset, as far as they exist. Offsets end at -kMaxLength and kMaxLength, beyond which nothing changes, so that
+// no sum overflows. MaskGeometry would take twice the registers, and not all kernels have them.
 struct Intervals {
   int keys = 0, lo_offset = 0, hi_offset = 0;
   int diagonal = 0;  // row i sits there at key i + diagonal for ALiBi, whatever the alignment of the mask
@@ -112,8 +112,7 @@ FASTATTN_DEVICE CappedScore capped(const ScoreConstants& c, float product) {
 // What follows the softcap: bias, ALiBi and the boolean mask, of query head h in batch b. Only for keys that the row's
 // interval shows: nothing is read for others, which may not exist.
 template <class Geometry>
-FASTATTN_DEVICE float modified(const AttentionParams& p, const Geometry& g, float score, int b, int h, int i,
-                               int j) {
+FASTATTN_DEVICE float modified(const AttentionParams& p, const Geometry& g, float score, int b, int h, int i, int j) {
   if (p.mask) {
     const int64_t* stride = p.mask_stride;
     if (!p.mask[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]]) return -kInfinity;

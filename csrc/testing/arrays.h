@@ -195,8 +195,8 @@ inline Options options_from(const py::kwargs& kwargs) {
 }
 
 // k or v, whatever their rows are made of: [first, Hkv, rows, dim].
-inline void* cache_data(const py::array& array, const char* name, DType dtype, const OptionalArray& scale, int64_t first,
-                        int64_t Hkv, int64_t rows, int64_t dim, int64_t (&stride)[3]) {
+inline void* cache_data(const py::array& array, const char* name, DType dtype, const OptionalArray& scale,
+                        int64_t first, int64_t Hkv, int64_t rows, int64_t dim, int64_t (&stride)[3]) {
   if (!scale) return rows_view(array, name, dtype, {first, Hkv, rows, dim}, stride).data;
   if (!array.dtype().is(py::dtype::of<int8_t>())) refuse(std::string(name) + " has scales, and must be int8.");
   const View view = shape_view(array, name, 4);
