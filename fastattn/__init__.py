@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from fastattn import _provider as _provider  # makes fastattn known to torch.nn.attention, and activates nothing
-from fastattn import nn, reference
+from fastattn import integrations, nn, reference
 from fastattn._additive import additive_attention
 from fastattn._attention import attention
 from fastattn._cache import KVCache
@@ -38,6 +38,7 @@ __all__ = [
     "attention_with_kv_cache",
     "hard_attention",
     "info",
+    "integrations",
     "merge_attention_states",
     "nn",
     "plot_attention",

@@ -121,8 +121,8 @@ AttentionParams check_attention_grad(const AttentionGradArguments& arguments, bo
 AttentionParams check_hard_attention_grad(const HardAttentionGradArguments& arguments, bool for_cuda);
 AttentionParams check_summary(const SummaryArguments& arguments, bool for_cuda);
 KvCacheParams check_kv_cache(const KvCacheArguments& arguments, bool for_cuda);
-// The rest of the rules, which only real tensors keep or break: where they lie in memory, and, on the CPU, the values of
-// lengths and tables. After check_kv_cache, and before anything is written.
+// The rest of the rules, which only real tensors keep or break: where they lie in memory and, on the CPU, the values
+// of lengths and tables. After check_kv_cache, and before anything is written.
 void check_kv_cache_contents(const KvCacheArguments& arguments, const KvCacheParams& params);
 void check_dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p);
 

@@ -1,5 +1,5 @@
-// The rules that the operators share; each throws std::invalid_argument. checks.cpp has them, and those of all operators
-// but attention_with_kv_cache, which are in checks_kv_cache.cpp.
+// The rules that the operators share; each throws std::invalid_argument. checks.cpp has them, and those of all
+// operators but attention_with_kv_cache, which are in checks_kv_cache.cpp.
 #pragma once
 
 #include <initializer_list>

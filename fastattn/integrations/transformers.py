@@ -1,0 +1,763 @@
+"""fastattn under Hugging Face transformers: ``attn_implementation="fastattn"``.
+
+Two functions go into transformers' registries under one name: the attention, and the mask that it understands. Without
+the second, transformers passes no mask at all to an attention that it does not know, and every padded batch and every
+sliding window would be wrong without a word.
+
+The mask function (:func:`attention_mask`) keeps causal order, sliding windows and padding as numbers, and builds a
+matrix of masks only for what is neither (see :mod:`fastattn.integrations._native_mask`). docs/transformers.md says
+which models are served.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import fastattn
+from fastattn.integrations._native_mask import NativeMask, Rule, options_of
+
+__all__ = ["NAME", "ServedAttention", "check", "register", "unregister"]
+
+# transformers looks for "sdpa", "flash", "eager" and "/" in such names, and means something by them.
+NAME = "fastattn"
+
+_OLDEST = (4, 57)
+
+
+# --- The attention function -------------------------------------------------------------------------------------------
+
+# What models pass on through **kwargs, and what has no say in the result of attention.
+_OF_NO_EFFECT = frozenset(
+    (
+        "allow_is_causal_skip",
+        "attention_dropout",
+        "cache_position",
+        "deterministic",
+        "debug_io",
+        "debug_io_dir",
+        "dtype",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "images",
+        "input_ids",
+        "inputs_embeds",
+        "labels",
+        "layer_idx",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_value",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "prune_layers",
+        "return_dict",
+        "seq_idx",
+        "target_dtype",
+        "token_type_ids",
+        "use_cache",
+    )
+)
+# What says which keys a row sees, or what a key weighs, in a way of its own. `cache` is the paged cache of continuous
+# batching, which an attention function must fill.
+_REFUSED = frozenset(
+    (
+        "alibi",
+        "alibi_bias",
+        "block_indices",
+        "block_table",
+        "block_tables",
+        "cache",
+        "indices",
+        "attn_bias",
+        "attention_bias",
+        "bias",
+        "sinks",
+    )
+)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    output_attentions: bool | None = False,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function that transformers calls in each attention layer, with ``fastattn.attention`` in it.
+
+    Args:
+        module: The layer. Of it are read is_causal, where nothing else says so, and GPT-2's own scaling.
+        query: (B, Hq, Lq, D).
+        key, value: (B, Hkv, Lk, D) and (B, Hkv, Lk, Dv), Hq a multiple of Hkv.
+        attention_mask: What the mask function returned; or a mask of the user's or the model's own, with four
+            dimensions, broadcastable to (B, Hq, Lq, Lk), bool (True = keep) or float (added to the scores), for at
+            least Lk keys. It alone says what a row sees: is_causal and sliding_window count where it is None.
+        dropout: Probability that a weight is dropped; models pass 0.0 in evaluation.
+        scaling: Factor on the dot products, 1/sqrt(D) by default.
+        is_causal: Without a mask and with Lq > 1: row i sees no key after i. By default as the layer says, or True.
+        sliding_window: Without a mask: how many keys a row sees, itself included.
+        softcap: Bounds the scaled dot products.
+        s_aux: (Hq,), attention sinks.
+        position_bias: Broadcastable to (B, Hq, Lq, Lk), added to the scores. Differentiable.
+        head_mask: (1, Hq, 1, 1) or (B, Hq, 1, 1), a factor on each head's weights.
+        output_attentions: Return the weights too, before dropout: the full matrix, computed a second time for it.
+        cu_seq_lens_q, cu_seq_lens_k: Packed sequences, which the mask function finds by itself from position_ids.
+
+    Returns:
+        o, (B, Lq, Hq, Dv), contiguous, and the weights (B, Hq, Lq, Lk) or None.
+
+    Raises:
+        ValueError, TypeError: An argument that changes the result and is not served, or is refused by
+            ``fastattn.attention``.
+    """
+    if kwargs:
+        _check_unknown(kwargs)
+    B, Hq, Lq, D = query.shape
+    Lk = key.shape[2]
+    if key.shape[0] != B == 1:  # learned queries, one for all sequences
+        B = key.shape[0]
+        query = query.expand(B, -1, -1, -1)
+    if scaling is None and getattr(module, "scale_attn_weights", None) is not None:
+        scaling = _scaling_of_gpt2(module, D)
+
+    if isinstance(attention_mask, NativeMask):
+        options, keys = _options_of_native(attention_mask, B, Lq, Lk)
+    elif attention_mask is None:
+        options, keys = _options_without_mask(module, Lq, Lk, is_causal, sliding_window)
+    else:
+        options, keys = _options_of_tensor(attention_mask, Lk), Lk
+    if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2 and not _hides_by_tensor(attention_mask):
+        raise ValueError(
+            f"fastattn: cu_seq_lens_q has {cu_seq_lens_q.numel() - 1} sequences, and the mask says nothing of them;"
+            " packed sequences are told apart by position_ids that start anew with each: pass those too."
+        )
+    if position_bias is not None:
+        options["bias"] = _with_position_bias(position_bias, options.get("bias"), Lk)
+    bias = options.get("bias")
+    if bias is not None:
+        if bias.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64:
+            bias = bias.to(query.dtype)
+        options["bias"] = bias[..., :keys] if bias.shape[-1] > keys else bias
+    if keys < Lk:
+        key, value = key[:, :, :keys], value[:, :, :keys]
+    if s_aux is not None:
+        options["sinks"] = s_aux.reshape(-1)
+    if softcap is not None:
+        options["softcap"] = softcap
+
+    o = fastattn.attention(query, key, value, scale=scaling, dropout_p=dropout, **options)
+    weights = None
+    if output_attentions or _weights_are_wanted():
+        weights = F.pad(fastattn.attention_weights(query, key, scale=scaling, **options), (0, Lk - keys))
+    if head_mask is not None:
+        head_mask = _checked_head_mask(head_mask, B, Hq)
+        o = o * head_mask
+        weights = None if weights is None else weights * head_mask
+    return o.transpose(1, 2).contiguous(), weights
+
+
+@functools.cache
+def _collector() -> Any:
+    """Where transformers 5 notes which outputs of layers the running model is to return; None in 4."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return None
+    return _active_collector
+
+
+def _weights_are_wanted() -> bool:
+    """Whether the user asked for weights, in models whose layers do not pass that on to their attention function."""
+    if torch.compiler.is_compiling():
+        return False
+    if (collector := _collector()) is not None:
+        return any("attentions" in name for name in collector.get() or ())
+    # Layers of transformers 4 such as GPT-2's have it as an argument of their own, and return None if we do.
+    layer = sys._getframe(2)
+    return "output_attentions" in layer.f_code.co_varnames and bool(layer.f_locals.get("output_attentions"))
+
+
+def _options_of_native(mask: NativeMask, B: int, Lq: int, Lk: int) -> tuple[dict[str, Any], int]:
+    rule = mask.rule
+    if rule.Lk > Lk and rule.Lq == Lq:  # models cut the mask to the keys that there are
+        short = mask.first_keys(Lk)
+        if not isinstance(short, NativeMask):
+            return {"mask": short}, Lk
+        mask, rule = short, short.rule
+    if rule.Lq != Lq or rule.Lk != Lk or (rule.B != B and rule.B != 1):
+        raise ValueError(
+            f"fastattn: attention_mask has shape {tuple(mask.shape)}; with these queries and keys it must be"
+            f" broadcastable to {(B, 1, Lq, Lk)}: it was made for other lengths."
+        )
+    options, keys = options_of(mask)
+    if "kv_lengths" in options and rule.B != B:
+        options["kv_lengths"] = options["kv_lengths"].expand(B)
+    return options, keys
+
+
+def _options_without_mask(
+    module: torch.nn.Module, Lq: int, Lk: int, is_causal: bool | None, sliding_window: int | None
+) -> tuple[dict[str, Any], int]:
+    """By transformers' rule: top-left where there are several rows. A single one is the last of its sequence."""
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    options: dict[str, Any] = {}
+    if sliding_window is not None and sliding_window < Lk:
+        options["window"] = (sliding_window - 1, None if causal else sliding_window - 1)
+    if causal and Lq > 1:
+        options["causal"] = "top_left"
+        return options, min(Lq, Lk)
+    return options, Lk
+
+
+def _options_of_tensor(mask: Tensor, Lk: int) -> dict[str, Any]:
+    """A mask of the user's or of the model's own."""
+    if mask.ndim != 4:
+        raise ValueError(
+            f"fastattn: attention_mask has {mask.ndim} dimensions; in a layer it must have 4, (B, 1 or H, Lq, Lk): pass"
+            " masks of shape (B, Lk) to the model, which asks fastattn's mask function for one of these."
+        )
+    if mask.shape[-1] > Lk:
+        mask = mask[..., :Lk]
+    if mask.dtype == torch.bool:
+        return {"mask": mask}
+    if not mask.is_floating_point():
+        raise TypeError(
+            f"fastattn: attention_mask is {mask.dtype}; a mask with 4 dimensions must be bool (True = keep) or float"
+            " (added to the scores): convert with attention_mask.bool() if its ones are to be kept."
+        )
+    return {"bias": mask}
+
+
+def _hides_by_tensor(mask: Tensor | None) -> bool:
+    """Whether it may be the mask that tells packed sequences apart."""
+    return mask is not None and (not isinstance(mask, NativeMask) or mask.sequences is not None)
+
+
+def _with_position_bias(position_bias: Tensor, bias: Tensor | None, Lk: int) -> Tensor:
+    if position_bias.ndim == 4 and position_bias.shape[-1] > Lk:
+        position_bias = position_bias[..., :Lk]
+    return position_bias if bias is None else position_bias + bias
+
+
+def _scaling_of_gpt2(module: torch.nn.Module, D: int) -> float:
+    """GPT-2 in transformers 4.57 passes no scaling: what its own attention does is in the layer's attributes."""
+    scaling = 1.0 / math.sqrt(D) if module.scale_attn_weights else 1.0
+    if getattr(module, "scale_attn_by_inverse_layer_idx", False):
+        scaling /= int(module.layer_idx) + 1  # type: ignore[arg-type]
+    return scaling
+
+
+def _checked_head_mask(head_mask: Tensor, B: int, Hq: int) -> Tensor:
+    if head_mask.ndim != 4 or tuple(head_mask.shape[1:]) != (Hq, 1, 1) or head_mask.shape[0] not in (1, B):
+        raise ValueError(
+            f"fastattn: head_mask has shape {tuple(head_mask.shape)}; it must be (1, {Hq}, 1, 1) or ({B}, {Hq}, 1, 1),"
+            ' a factor on each head: for masks that differ within a head use attn_implementation="eager".'
+        )
+    return head_mask
+
+
+def _check_unknown(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if value is None or value is False or name in _OF_NO_EFFECT:
+            continue
+        if name in _REFUSED:
+            raise ValueError(
+                f"fastattn: {name} is a {type(value).__name__}; this argument of a model's attention is not served: use"
+                ' another attn_implementation, such as "eager" or "sdpa", for this model.'
+            )
+        _warn_unknown(name)
+
+
+@functools.cache
+def _warn_unknown(name: str) -> None:
+    warnings.warn(
+        f"fastattn: attention was given the argument {name}, which fastattn does not know and leaves unused; compare"
+        ' the result with attn_implementation="eager" if it is meant to change what attention computes.',
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+# --- The mask function ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pattern:
+    """A mask function of transformers, taken apart: all that is native in it."""
+
+    causal: bool = False
+    left: int | None = None
+    right: int | None = None
+    sequences: list[Tensor] = field(default_factory=list)
+
+    def add_window(self, left: int | None, right: int | None) -> None:
+        if left is not None:
+            self.left = left if self.left is None else min(self.left, left)
+        if right is not None:
+            self.right = right if self.right is None else min(self.right, right)
+
+
+@functools.cache
+def _known_codes() -> dict[Any, str]:
+    """The code of transformers' mask functions, most of which are closures, made anew for each call."""
+    from transformers import masking_utils
+
+    nothing: Any = torch.zeros(1, 1, dtype=torch.long)
+    causal = masking_utils.causal_mask_function
+    made: dict[str, Callable[[], Callable[..., Any]]] = {
+        "causal_mask_function": lambda: causal,
+        "bidirectional_mask_function": lambda: masking_utils.bidirectional_mask_function,
+        "and_masks": lambda: masking_utils.and_masks(causal, causal),
+        "sliding_window_overlay": lambda: masking_utils.sliding_window_overlay(1),
+        "sliding_window_bidirectional_overlay": lambda: masking_utils.sliding_window_bidirectional_overlay(1),
+        "packed_sequence_mask_function": lambda: masking_utils.packed_sequence_mask_function(nothing),
+        "remap_positions_for_packed_sequence": lambda: masking_utils.remap_positions_for_packed_sequence(
+            causal, nothing
+        ),
+    }
+    # A version that lacks one of them has no mask of that kind.
+    return {made[name]().__code__: name for name in made if hasattr(masking_utils, name)}
+
+
+def _take_apart(mask_function: Any, pattern: _Pattern) -> bool:
+    """Whether everything that the function says is native; it is then in the pattern."""
+    kind = _known_codes().get(getattr(mask_function, "__code__", None))
+    if kind is None:
+        return False
+    if kind in ("causal_mask_function", "bidirectional_mask_function"):
+        pattern.causal |= kind == "causal_mask_function"
+        return True
+    cells = dict(
+        zip(mask_function.__code__.co_freevars, (cell.cell_contents for cell in mask_function.__closure__), strict=True)
+    )
+    if kind == "and_masks":
+        return all(_take_apart(part, pattern) for part in cells["mask_functions"])
+    if kind == "remap_positions_for_packed_sequence":
+        # Positions within a sequence differ as indices do.
+        return _take_apart(cells["mask_function"], pattern)
+    if kind == "packed_sequence_mask_function":
+        pattern.sequences.append(cells["packed_sequence_mask"])
+    else:
+        window = cells["sliding_window"]
+        both = kind == "sliding_window_bidirectional_overlay"
+        pattern.add_window(window if both else window - 1, window if both else None)
+    return True
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    cache_position: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor:
+    """The function that transformers asks for a mask, in 4.57 (by cache_position) and 5.x (by q_length and q_offset).
+
+    Args:
+        batch_size, kv_length: B and Lk.
+        q_length, q_offset: Lq, and the position of the first query. Static caches have the latter in a tensor.
+        kv_offset: The position of the first key: caches of sliding windows drop the first ones.
+        mask_function: Says of (batch, head, query position, key position) whether the query sees the key.
+        attention_mask: (B, positions), bool: which tokens are no padding.
+        cache_position: (Lq,), the positions of the queries.
+        allow_is_causal_skip: False where transformers would not leave out even a plain causal mask, as with caches for
+            compiled models.
+        kwargs: What transformers' own functions of this kind take besides.
+
+    Returns:
+        A :class:`NativeMask`; or, where a row's keys are no interval, a bool tensor (B, 1, Lq, Lk).
+    """
+    from transformers import masking_utils
+
+    def dense(**skips: bool) -> Tensor:
+        where = {"q_length": q_length, "q_offset": q_offset}
+        if cache_position is not None:
+            where = {"cache_position": cache_position}
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            **where,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function or masking_utils.causal_mask_function,
+            attention_mask=attention_mask,
+            **{**kwargs, **skips},
+        )
+
+    if torch.compiler.is_compiling():
+        # Inside of a graph there are no closures to take apart.
+        return dense(allow_is_causal_skip=allow_is_causal_skip)
+
+    device = torch.device(kwargs.get("device", "cpu")) if cache_position is None else cache_position.device
+    Lq = q_length if cache_position is None else cache_position.shape[0]
+    assert Lq is not None
+    no_skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    pattern = _Pattern()
+    if not _take_apart(mask_function or masking_utils.causal_mask_function, pattern):
+        return dense(**no_skips)
+    # 4.57 always passes a tensor that numbers the sequences of packed rows.
+    if any(bool((ids != ids[:, :1]).any()) for ids in pattern.sequences):
+        return dense(**no_skips)
+
+    offset, ends = _where_rows_stand(Lq, kv_length, q_offset, kv_offset, cache_position, allow_is_causal_skip)
+    if ends is not None and not pattern.causal:
+        if pattern.left is not None or pattern.right is not None:
+            return dense(**no_skips)
+        offset, ends = 0, None  # of no importance to a rule without a diagonal
+    rule = Rule(batch_size, Lq, kv_length, offset, pattern.causal, pattern.left, pattern.right)
+    if not rule.is_native:
+        return dense(**no_skips)
+
+    keep = attention_mask
+    if keep is not None:
+        keep = keep[:, kv_offset : kv_offset + kv_length]
+        if keep.shape[1] < kv_length:
+            keep = F.pad(keep, (0, kv_length - keep.shape[1]))
+    keep, lengths = _padding(keep, rule)
+    if ends is not None:
+        ends = ends.to(torch.int32).expand(batch_size)
+    return NativeMask(rule, device, keep=keep, lengths=lengths, ends=ends)
+
+
+def _where_rows_stand(
+    Lq: int,
+    Lk: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    cache_position: Tensor | None,
+    allow_is_causal_skip: bool,
+) -> tuple[int | None, Tensor | None]:
+    """(offset, None) of the first row, in keys; or (None, ends): one key past that of the last row, as a tensor (1,).
+
+    A number is better, and a tensor is for where it lies on a GPU: reading it would mean to wait. It is also for
+    steps with a cache for compiled models: with numbers, such a model would be compiled anew at each step.
+    """
+    readable = Lq > 1 or allow_is_causal_skip
+    if cache_position is not None:
+        if readable and cache_position.device.type == "cpu":
+            return int(cache_position[0]) - kv_offset if Lq else 0, None
+        if allow_is_causal_skip:
+            return Lk - Lq, None  # a cache that grows: its last key is the last row's
+        return None, cache_position[-1:] + 1 - kv_offset
+    if isinstance(q_offset, Tensor):
+        if readable and q_offset.device.type == "cpu":
+            return int(q_offset) - kv_offset, None
+        # A new tensor, for the cache goes on counting in its own.
+        return None, (q_offset + (Lq - kv_offset)).reshape(1)
+    return q_offset - kv_offset, None
+
+
+def _padding(keep: Tensor | None, rule: Rule) -> tuple[Tensor | None, Tensor | None]:
+    """(keep, lengths): what must be told about padding, as lengths where it is all at the end."""
+    if keep is None or (rule.offset is None and keep.device.type != "cpu"):  # a step on a GPU does not wait for a look
+        return keep, None
+    seen = keep
+    if rule.causal and rule.offset is not None:  # what follows the last row's key is hidden anyway
+        seen = keep[:, : rule.offset + rule.Lq]
+    if bool(seen.all()):
+        return None, None
+    # With causal rows elsewhere than at the first key, an end of its own for each sequence would move the diagonal.
+    if not rule.is_interval or (rule.causal and rule.offset == 0):
+        lengths = seen.sum(dim=1, dtype=torch.int32)
+        if bool((seen == (torch.arange(seen.shape[1], device=seen.device) < lengths[:, None])).all()):
+            return None, lengths
+    return keep, None
+
+
+# --- Models of transformers 4 that have a class of layers for each implementation ------------------------------------
+
+
+class _SdpaHere(TorchFunctionMode):
+    """Calls of PyTorch's scaled_dot_product_attention in this thread are fastattn's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = fastattn.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _on_fastattn(sdpa_class: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The class for a model's layers on SDPA, with fastattn's in its place."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _SdpaHere():
+            return sdpa_class.forward(self, *args, **kwargs)
+
+    name = sdpa_class.__name__.replace("Sdpa", "Fastattn")
+    members = {
+        "forward": forward,
+        "__module__": sdpa_class.__module__,
+        "__doc__": sdpa_class.__doc__,
+        "_fastattn": True,
+    }
+    made = type(name, (sdpa_class,), members)
+    setattr(sys.modules[sdpa_class.__module__], name, made)  # where pickle looks for it
+    return made
+
+
+# Modules such as transformers.models.bert.modeling_bert have BERT_SELF_ATTENTION_CLASSES["sdpa"].
+_CLASSES = re.compile(r"[A-Z0-9_]+_ATTENTION_CLASSES")
+# How a layer's code computes attention, or asks for a function that does.
+_COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|_ATTENTION_FUNCTIONS")
+_ASKS = "_ATTENTION_FUNCTIONS"
+
+
+def _prepare(model_class: type) -> None:
+    """Before the layers of a model are built: make the classes that it needs, and warn where it asks for nothing."""
+    module = sys.modules.get(model_class.__module__)
+    named = {} if module is None else vars(module)
+    tables = {name: x for name, x in named.items() if _CLASSES.fullmatch(name) and isinstance(x, dict)}
+    for name, table in tables.items():
+        if "sdpa" in table:
+            table.setdefault(NAME, _on_fastattn(table["sdpa"]))
+        elif NAME not in table:
+            raise ValueError(
+                f'fastattn: {model_class.__name__} has no layers for attn_implementation="{NAME}": {name} knows'
+                f' {sorted(table)}; use attn_implementation="eager" for it.'
+            )
+    if not tables and module is not None:
+        _warn_bypass(module, model_class.__name__)
+
+
+@functools.cache
+def _warn_bypass(module: Any, name: str) -> None:
+    """Warns once for each class."""
+    try:
+        code = inspect.getsource(module)
+    except (OSError, TypeError):
+        return
+    if _ASKS not in code and _COMPUTES.search(code) and re.search(r"^class \w*Attention\w*\(", code, re.MULTILINE):
+        from transformers import __version__
+
+        warnings.warn(
+            f"fastattn: {name} of transformers {__version__} computes attention in its own code and asks for no"
+            f' attn_implementation: "{NAME}" changes nothing in it. fastattn.integrations.transformers.check(model)'
+            " lists such layers.",
+            RuntimeWarning,
+            stacklevel=7,
+        )
+
+
+# --- Registration -----------------------------------------------------------------------------------------------------
+
+
+def register() -> str:
+    """Make ``attn_implementation="fastattn"`` known to Hugging Face transformers, 4.57 or later.
+
+    From then on models take it when they are built, and most also afterwards::
+
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
+        model.set_attn_implementation("fastattn")
+
+    Training and inference, with all that the layers pass on: grouped queries, sliding windows, softcap, sinks, position
+    biases with their gradient, dropout. Padding at either end, windows and causal order stay numbers: no Lq x Lk mask
+    is built for them, and what they hide is not computed. A static cache is not read beyond what was written to it.
+    Rows that are padding themselves may come out different from "eager", which gives them an average of everything.
+
+    Some models have no layers that ask for an implementation. transformers 4 has many, T5 among them, and a warning
+    says so here. In any version, building such a model with "fastattn" warns by name, once for each class, and `check`
+    says it of every layer. docs/transformers.md has the table.
+
+    A second call does nothing. `unregister` undoes it.
+
+    Returns:
+        The name, "fastattn".
+
+    Raises:
+        ImportError: transformers is not installed, or too old.
+
+    Example:
+        >>> import torch, fastattn.integrations.transformers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> name = fastattn.integrations.transformers.register()
+        >>> config = LlamaConfig(
+        ...     vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        ...     num_key_value_heads=2, attn_implementation=name, eos_token_id=None,
+        ... )
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0).shape
+        torch.Size([1, 7])
+        >>> print(fastattn.integrations.transformers.check(model))
+        served by fastattn: 2
+        left to transformers: 0
+    """
+    modeling_utils, masking_utils = _transformers()
+    known = NAME in modeling_utils.AttentionInterface._global_mapping
+    modeling_utils.AttentionInterface.register(NAME, attention_forward)
+    masking_utils.AttentionMaskInterface.register(NAME, attention_mask)
+
+    model = modeling_utils.PreTrainedModel
+    original = model.get_correct_attn_implementation
+    if not hasattr(original, "_fastattn_original"):
+
+        @functools.wraps(original)
+        def get_correct_attn_implementation(self: Any, requested: str | None, *args: Any, **kwargs: Any) -> Any:
+            if requested == NAME:
+                _prepare(type(self))
+            return original(self, requested, *args, **kwargs)
+
+        get_correct_attn_implementation._fastattn_original = original  # type: ignore[attr-defined]
+        model.get_correct_attn_implementation = get_correct_attn_implementation
+    if not known and (version := _version())[0] == 4:
+        warnings.warn(
+            f"fastattn: in transformers {'.'.join(map(str, version))} T5, mT5, LongT5, BLOOM, DeBERTa, XLNet and others"
+            f' compute attention in their own code: attn_implementation="{NAME}" changes nothing in them, and building'
+            " one warns. docs/transformers.md says which; T5 and its relatives are served in transformers 5.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return NAME
+
+
+def unregister() -> None:
+    """Undo `register`. Models that were built with "fastattn" no longer run.
+
+    Example:
+        >>> import fastattn.integrations.transformers as integration
+        >>> _ = integration.register()
+        >>> integration.unregister()
+        >>> from transformers import AttentionInterface
+        >>> "fastattn" in AttentionInterface()
+        False
+    """
+    modeling_utils, masking_utils = _transformers()
+    for interface in (modeling_utils.AttentionInterface, masking_utils.AttentionMaskInterface):
+        interface._global_mapping.pop(NAME, None)
+    model = modeling_utils.PreTrainedModel
+    original = getattr(model.get_correct_attn_implementation, "_fastattn_original", None)
+    if original is not None:
+        model.get_correct_attn_implementation = original
+
+
+def _version() -> tuple[int, ...]:
+    import transformers
+
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def _transformers() -> tuple[Any, Any]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "fastattn: transformers is not installed; fastattn.integrations.transformers needs it: pip install"
+            ' "transformers>=4.57".'
+        ) from error
+    if _version() < _OLDEST:
+        raise ImportError(
+            f"fastattn: transformers is {transformers.__version__}; its attention interface is served from 4.57 on: pip"
+            ' install "transformers>=4.57".'
+        )
+    from transformers import masking_utils, modeling_utils
+
+    return modeling_utils, masking_utils
+
+
+# --- What is served ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ServedAttention:
+    """Which attention layers of a model fastattn computes. The name of the model itself is ""."""
+
+    served: tuple[str, ...]
+    left: dict[str, str]  # the others, with the reason
+
+    def __str__(self) -> str:
+        lines = [f"served by fastattn: {len(self.served)}", f"left to transformers: {len(self.left)}"]
+        lines += [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def check(model: torch.nn.Module) -> ServedAttention:
+    """Which attention layers of a transformers model fastattn serves, and which not, with the reason.
+
+    It reads the code of every module whose class is called an attention, and runs nothing. A layer is served when its
+    code asks for the model's attn_implementation and that is "fastattn", or when its class was made by fastattn (models
+    of transformers 4 with a class for each implementation).
+
+    Args:
+        model: A model of transformers, or any module that has some in it.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+
+    Example:
+        >>> import fastattn.integrations.transformers as integration
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> config._attn_implementation = integration.register()
+        >>> integration.check(BertModel(config)).served
+        ('encoder.layer.0.attention.self', 'encoder.layer.1.attention.self')
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"fastattn: model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    served, left = [], {}
+    for name, module in model.named_modules():
+        kind: Any = type(module)
+        if "attention" in kind.__name__.lower() and _COMPUTES.search(code := _code_of(kind)):
+            reason = _why_left(module, code)
+            if reason is None:
+                served.append(name)
+            else:
+                left[name] = reason
+    return ServedAttention(tuple(served), left)
+
+
+@functools.cache
+def _code_of(module_class: Any) -> str:
+    """The source of a class as far as it has one of its own, and of those that it has its forward from."""
+    texts = []
+    for base in module_class.__mro__:
+        if base is torch.nn.Module:
+            break
+        try:
+            texts.append(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+        if "forward" in vars(base):
+            break
+    return "\n".join(texts)
+
+
+def _why_left(module: torch.nn.Module, code: str) -> str | None:
+    if hasattr(type(module), "_fastattn"):
+        return None
+    if _ASKS not in code:
+        return f"{type(module).__name__} computes attention in its own code"
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return None if implementation == NAME else f"its attn_implementation is {implementation!r}"
