@@ -15,12 +15,15 @@ SUITES = {
     "sweep": "hundreds of shapes, and where the advantage over SDPA is smallest",
     "textbook": "additive and hard attention, summaries and a transformer's layer against plain PyTorch, torch.compile "
     "and keras; how time and memory grow with the length",
+    "models": "what serving a language model takes: a Llama-shaped model end to end under eager, sdpa and fastattn, "
+    "decoding against the machine's memory bandwidth, packed sequences against padding",
     "cuda-targets": "what the kernels for GPUs are held to, against each of PyTorch's own",
 }
 EXAMPLES = """examples:
   python -m bench --quick                              the default suite, in short
   python -m bench --suite textbook --case additive     against eager PyTorch, torch.compile, keras
   python -m bench --suite targets --case table,memory  two groups of targets
+  python -m bench models --case llama --dtype bfloat16 the model alone
   python -m bench --suite full --dtype bfloat16 --direction backward --list
 """
 ON_CUDA = ("default", "full", "textbook", "cuda-targets")
@@ -37,7 +40,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="\n".join(["suites:", *(_paragraph(name, text) for name, text in SUITES.items()), "", EXAMPLES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=SUITES, default="default", help="see below; default: %(default)s")
+    parser.add_argument("suite_first", nargs="?", choices=SUITES, metavar="SUITE", help="the same as --suite SUITE")
+    parser.add_argument("--suite", choices=SUITES, help="see below; default: default")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cpu, but for cuda-targets; with cuda: " + ", ".join(ON_CUDA)
     )
@@ -45,7 +49,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--case",
         metavar="REGEX",
-        help="only cases whose name matches, e.g. 'topleft.*D128'; of a suite of targets: groups, comma separated",
+        help="only cases whose name matches, e.g. 'topleft.*D128'; of models and of a suite of targets: groups, comma "
+        "separated",
     )
     dtypes, directions = ["float32", "bfloat16", "float16"], ["forward", "backward", "step"]
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=[], help="only cases of these")
@@ -73,6 +78,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the cases and leave")
     parser.add_argument("--no-model", action="store_true", help="do not train the model of the default suite")
     options = parser.parse_args(arguments)
+    if options.suite and options.suite_first:
+        parser.error("name one suite, with --suite or without")
+    options.suite = options.suite or options.suite_first or "default"
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, not {options.threads}")
     if options.device is None:
@@ -81,8 +89,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--suite cuda-targets needs --device cuda")
     if options.device == "cuda" and options.suite not in ON_CUDA:
         parser.error(f"--suite {options.suite} is for the CPU; with --device cuda there are {', '.join(ON_CUDA)}")
-    if options.suite == "textbook" and options.peers is not None:
-        parser.error("--peers is not for --suite textbook, which has its own")
+    if options.suite in ("textbook", "models") and options.peers is not None:
+        parser.error(f"--peers is not for --suite {options.suite}, which has its own")
     return options
 
 

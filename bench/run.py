@@ -25,10 +25,13 @@ from bench import (
     cases,
     cuda,
     cuda_targets,
+    decoding,
     growth,
+    llama,
     machine,
     measure,
     model,
+    packed,
     peak,
     peers,
     report,
@@ -227,6 +230,61 @@ class Run:
             path = self.plot if self.options.suite == "textbook" else self.second_plot("textbook")
             self.draw_later(path, lambda plot, path: plot.plot_textbook(path, results, self.machine))
 
+    def time_models(self) -> None:
+        for group in chosen_groups(self.options, MODEL_GROUPS):
+            if not self.is_stopped:
+                MODEL_GROUPS[group](self)
+                print(flush=True)
+
+    def time_llama(self) -> None:
+        results: list[llama.Result] = []
+        self.sections["llama"] = lambda: [llama.as_dict(result) for result in results]
+        if importlib.util.find_spec("transformers") is None:
+            self.failures.append("the model was not timed: transformers is not installed")
+            return
+        chosen = [phase for phase in llama.phases(self.options.quick) if phase.dtype in self.wanted_dtypes()]
+        budget_s = 4 * self.budget_s  # a call takes up to seconds
+        with self.until_stopped(), Progress("phase", len(chosen)) as progress:
+            self.time_each(llama.measure_all(chosen, budget_s, progress.say), results, llama.line, progress)
+        if results:
+            print(llama.TITLE, llama.table(results), sep="\n", flush=True)
+
+    def time_packed(self) -> None:
+        results: list[packed.Result] = []
+        self.sections["packed"] = lambda: [packed.as_dict(result) for result in results]
+        chosen = [batch for batch in packed.batches(self.options.quick) if batch.dtype in self.wanted_dtypes()]
+        with self.until_stopped(), Progress("batch", len(chosen)) as progress:
+            timed = (packed.measure(batch, 2 * self.budget_s, progress.say) for batch in chosen)
+            self.time_each(timed, results, packed.line, progress)
+        if results:
+            print(packed.TITLE, packed.table(results), sep="\n", flush=True)
+
+    def time_decoding(self) -> None:
+        results: list[decoding.Result] = []
+        self.sections["decode"] = lambda: [decoding.as_dict(result) for result in results]
+        chosen = [step for step in decoding.steps(self.options.quick) if step.dtype in self.wanted_dtypes()]
+        with self.until_stopped(), Progress("step", len(chosen)) as progress:
+            timed = (decoding.measure(step, 2 * self.budget_s, progress.say) for step in chosen)
+            self.time_each(timed, results, decoding.line, progress)
+        if results:
+            print(decoding.TITLE, decoding.table(results), sep="\n", flush=True)
+
+    def wanted_dtypes(self) -> Collection[str]:
+        return self.options.dtype or cases.DTYPES
+
+    def time_each(
+        self, timed: Iterator[Any], results: list[Any], line: Callable[[Any], str], progress: Progress
+    ) -> None:
+        """Takes what `timed` measures into `results`, as far as it gets."""
+        try:
+            for result in timed:
+                results.append(result)
+                progress.result(line(result))
+                progress.advance()
+                self.save()
+        except measure.WrongResult as wrong:
+            self.failures.append(f"WRONG, not timed: {wrong}")
+
     def measure_growth(self) -> None:
         """How time and memory grow with the length, on a CPU: each point is a process of its own."""
         points: list[growth.Point] = []
@@ -379,9 +437,20 @@ class Run:
             self.sections["gpu_under_load"] = lambda: state
 
 
+MODEL_GROUPS: dict[str, Callable[[Run], None]] = {
+    "decode": Run.time_decoding,
+    "packed": Run.time_packed,
+    "llama": Run.time_llama,
+}
+
+
 def run(options: argparse.Namespace) -> int:
     """The exit status: 0; 1 where a number was wrong, a case failed or the run was stopped; 2 where none was begun."""
-    groups: dict[str, Collection[str]] = {"targets": targets.GROUPS, "cuda-targets": cuda_targets.GROUPS}
+    groups: dict[str, Collection[str]] = {
+        "targets": targets.GROUPS,
+        "cuda-targets": cuda_targets.GROUPS,
+        "models": MODEL_GROUPS,
+    }
     if options.suite in groups and options.list:
         print("\n".join(groups[options.suite]))
         return 0
@@ -414,6 +483,8 @@ def run_suite(run: Run, jobs: list[Job], problems: list[Problem]) -> None:
         run.judge_targets()
     elif options.suite == "cuda-targets":
         run.judge_cuda_targets()
+    elif options.suite == "models":
+        run.time_models()
     elif options.suite == "textbook":
         run.time_textbook(problems)
         if not narrowed and not run.on_gpu and not run.is_stopped:

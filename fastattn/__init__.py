@@ -6,8 +6,10 @@ from fastattn import _provider as _provider  # makes fastattn known to torch.nn.
 from fastattn import integrations, nn, reference
 from fastattn._additive import additive_attention
 from fastattn._attention import attention
+from fastattn._cache import KVCache
 from fastattn._hard import HardAttentionOutput, hard_attention
 from fastattn._info import Info, info
+from fastattn._kv_cache import attention_with_kv_cache
 from fastattn._plot import plot_attention
 from fastattn._replace import ServedModules, replace_modules, restore_modules, served_modules
 from fastattn._sdpa import (
@@ -26,12 +28,14 @@ __all__ = [
     "AttentionSummary",
     "HardAttentionOutput",
     "Info",
+    "KVCache",
     "SdpaCalls",
     "ServedModules",
     "additive_attention",
     "attention",
     "attention_summary",
     "attention_weights",
+    "attention_with_kv_cache",
     "hard_attention",
     "info",
     "integrations",

@@ -22,7 +22,10 @@ _MARKS: dict[str, type[Exception]] = {
 }
 
 # The arguments for which None does not stand for "not given".
-_REQUIRED = ("q", "k", "v", "w", "cu_seqlens_q", "cu_seqlens_k", "dropout_p", "temperature")
+_REQUIRED = (
+    *("q", "k", "v", "k_cache", "v_cache", "cache_lengths"),
+    *("w", "cu_seqlens_q", "cu_seqlens_k", "dropout_p", "temperature"),
+)
 
 
 def explain(

@@ -1,4 +1,5 @@
-// Where a sequence lies: in a padded batch, or among packed ones, where it is cut out as a problem of its own.
+// Where a sequence lies: in a padded batch, or among packed ones, where it is cut out as a problem of its own; and
+// where its keys lie, in rows of its own or in pages.
 #pragma once
 
 #include "core/macros.h"
@@ -23,8 +24,8 @@ struct PackedSequence {
   int64_t first_key = 0, keys = 0;
 };
 
-// Sequence b. On a GPU nobody can check cu_seqlens without waiting for the device: there, what leads out of the tensors,
-// or says more than Lq rows or Lk keys, counts as the nearest that does not.
+// Sequence b. On a GPU nobody can check cu_seqlens without waiting for the device: there, what leads out of the
+// tensors, or says more than Lq rows or Lk keys, counts as the nearest that does not.
 FASTATTN_FN PackedSequence packed_sequence(const AttentionParams& p, int64_t b) {
   PackedSequence s;
   s.first_row = clamp_i64(p.cu_seqlens_q[b], 0, p.packed_rows);
@@ -32,6 +33,20 @@ FASTATTN_FN PackedSequence packed_sequence(const AttentionParams& p, int64_t b) 
   s.first_key = clamp_i64(p.cu_seqlens_k[b], 0, p.packed_keys);
   s.keys = clamp_i64(p.cu_seqlens_k[b + 1] - s.first_key, 0, min_i64(p.Lk, p.packed_keys - s.first_key));
   return s;
+}
+
+// `count` keys in rows next to one another: the first is row `row` of batch entry (of a paged cache: of page) `batch`
+// of k, v and their scales.
+struct KeyRun {
+  int64_t batch, row, count;
+};
+
+// As many of the keys [j, j1) of sequence b as follow key j without a gap, j < j1. Of a block table only the entries of
+// these keys are read.
+FASTATTN_FN KeyRun key_run(const AttentionParams& p, int64_t b, int64_t j, int64_t j1) {
+  if (p.block_table == nullptr) return {b, j, j1 - j};
+  const int64_t page = j / p.page_size, row = j - page * p.page_size;
+  return {p.block_table[b * p.block_table_stride + page], row, min_i64(p.page_size - row, j1 - j)};
 }
 
 }  // namespace fastattn

@@ -1,6 +1,7 @@
 // The CPU engine's interface: what csrc/torch and the test module call. Arguments have been checked by the caller.
 #pragma once
 
+#include "core/cache.h"
 #include "core/params.h"
 #include "cpu/parallel.h"
 
@@ -32,8 +33,14 @@ void hard_attention_backward(const HardAttentionGradParams& params, const Parall
 // Whatever of the summary is asked for.
 void attention_summary(const SummaryParams& params, const Parallel& parallel);
 
+// new_lengths, k and v in the cache, and rotated_q where there is a rotary embedding.
+void append_to_cache(const CacheAppendParams& params, const Parallel& parallel);
+
 // Peak rates for the benchmark, in flop per second summed over `parallel.threads`: multiply-adds in registers at the
 // active level, for float32 operands or (pairs: where the level has a bfloat16 dot product) for bfloat16 ones.
 double measure_peak_flops(DType dtype, const Parallel& parallel);
+
+// Bytes per second that `parallel.threads` read together from memory that no cache holds; takes 512 MB for the while.
+double measure_read_bandwidth(const Parallel& parallel);
 
 }  // namespace fastattn::cpu

@@ -18,6 +18,7 @@ struct ForwardScratch {
   RowScratch rows;
   float* ot;       // O^T by panels, not yet divided by the row sums
   float* v;        // a copy of V, where it is needed
+  void* v_cached;  // rows of V out of pages or int8 numbers
   float* dropout;  // [keys][kBlockRows]
 };
 
@@ -32,6 +33,7 @@ inline ForwardScratch forward_scratch(const AttentionParams& p, char* memory, si
   s.rows = row_scratch(&arena);
   s.ot = arena.take<float>(ot_columns(p) * kBlockRows);
   s.v = arena.take<float>(Operands::copy_floats(kMaxBlockKeys, p.Dv));
+  s.v_cached = arena.take<typename Operands::Raw>(cached_copy(p, kMaxBlockKeys, p.Dv));
   s.dropout = arena.take<float>(p.dropout_p > 0.0 ? kMaxBlockKeys * kBlockRows : 0);
   if (bytes != nullptr) *bytes = static_cast<size_t>(arena.at - memory);
   return s;
@@ -49,8 +51,9 @@ struct WeightedSum {
     using Raw = typename Operands::Raw;
     if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
     const int64_t hkv = tile.hq / (p.Hq / p.Hkv);
-    v = Operands::broadcast_columns(scratch.v, row_at<const Raw>(p.v, p.v_stride, tile.b, hkv, tile.j0), p.v_stride[2],
-                                    tile.nk, p.Dv);
+    const CachedRows<Raw> rows = cached_rows<typename Operands::Element>(p, cached_values(p), tile.b, hkv, tile.j0,
+                                                                         tile.nk, static_cast<Raw*>(scratch.v_cached));
+    v = Operands::broadcast_columns(scratch.v, rows.data, rows.stride, tile.nk, p.Dv);
   }
 
   inline void clear() const {
@@ -140,13 +143,28 @@ struct WeightedSum {
   }
 };
 
+// Leaves what a part of the keys made of the rows.
+inline void write_partial(const AttentionParams& p, const ForwardItem& item, const ForwardScratch& scratch) {
+  const int64_t rows = item.i1 - item.i0;
+  float* to = partial_row(p, item.partial, item.hq, item.i0);
+  for (int64_t r = 0; r < rows; r += kLanes) vstore(scratch.rows.rescale + r, vset(1.0f));
+  transpose_back<Float32>(to, partial_row_floats(p), scratch.ot, ot_columns(p), rows, p.Dv, scratch.rows.rescale);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* state = partial_state(p, to + r * partial_row_floats(p));
+    state[0] = scratch.rows.row_max[r];
+    state[1] = scratch.rows.row_sum[r];
+  }
+}
+
 template <class Operands>
 inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, char* memory) {
   using Raw = typename Operands::Raw;
   const ForwardScratch scratch = forward_scratch<Operands>(p, memory, nullptr);
-  if (is_small_forward(p)) return small_forward<typename Operands::Element>(p, item.b, item.hq, scratch.ot);
+  if (item.partial == nullptr && is_small_forward(p))
+    return small_forward<typename Operands::Element>(p, item.b, item.hq, scratch.ot);
   WeightedSum<Operands> consumer{p, scratch};
-  walk_scores<Operands>(p, item, 0, p.Lk, scratch.scores, consumer);
+  walk_scores<Operands>(p, item, item.j0, min_i64(item.j1, p.Lk), scratch.scores, consumer);
+  if (item.partial != nullptr) return write_partial(p, item, scratch);
   finish_rows(p, item, p.dropout_p < 1.0 ? 1.0f : 0.0f, scratch.rows);
   transpose_back<typename Operands::Element>(row_at<Raw>(p.o, p.o_stride, item.b, item.hq, item.i0), p.o_stride[2],
                                              scratch.ot, ot_columns(p), item.i1 - item.i0, p.Dv, scratch.rows.rescale);

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/cache.h"
 #include "core/params.h"
 #include "cpu/parallel.h"
 
@@ -17,5 +18,6 @@ void plain_backward_f64(const AttentionGradParams& params, const std::vector<Att
 void plain_hard_forward_f64(const HardAttentionParams& params, const Parallel& parallel);
 void plain_hard_backward_f64(const HardAttentionGradParams& params, const Parallel& parallel);
 void plain_summary_f64(const SummaryParams& params, const Parallel& parallel);
+void plain_append_f64(const CacheAppendParams& params);
 
 }  // namespace fastattn::cpu

@@ -71,22 +71,40 @@ inline void add_scaled(double* y, double factor, const double* x, int64_t n) {
 
 // One query row: where it is, and the keys [begin, end) that its geometry shows it.
 struct Row {
-  Row(const AttentionParams& params, int64_t b_, int64_t hq_, int64_t i_)
-      : p(params), geometry(mask_geometry(params, b_)), b(b_), hq(hq_), hkv(hq_ / (params.Hq / params.Hkv)), i(i_) {
+  // widened: memory for a row out of an int8 cache.
+  Row(const AttentionParams& params, int64_t b_, int64_t hq_, int64_t i_, double* widened_ = nullptr)
+      : p(params),
+        geometry(mask_geometry(params, b_)),
+        b(b_),
+        hq(hq_),
+        hkv(hq_ / (params.Hq / params.Hkv)),
+        i(i_),
+        widened(widened_) {
     begin = lo(geometry, i);
     end = max_i64(begin, hi(geometry, i));
   }
 
   const double* q() const { return row_of(static_cast<const double*>(p.q), p.q_stride, b, hq, i); }
-  const double* k(int64_t j) const { return row_of(static_cast<const double*>(p.k), p.k_stride, b, hkv, j); }
+  // Until the next call of k or v.
+  const double* k(int64_t j) const { return cached(p.k, p.k_stride, p.k_scale, p.k_scale_stride, p.D, j); }
   const double* w() const { return static_cast<const double*>(p.w) + hq * p.w_stride; }
-  const double* v(int64_t j) const { return row_of(static_cast<const double*>(p.v), p.v_stride, b, hkv, j); }
+  const double* v(int64_t j) const { return cached(p.v, p.v_stride, p.v_scale, p.v_scale_stride, p.Dv, j); }
   int64_t stat() const { return stat_index(p, b, hq, i); }  // index into lse, row_max and row_sum
   double sink() const { return p.sinks ? static_cast<const double*>(p.sinks)[hq] : kMinusInfinity; }
 
   bool mask_keeps(int64_t j) const {
     const int64_t* stride = p.mask_stride;
     return !p.mask || p.mask[b * stride[0] + hq * stride[1] + i * stride[2] + j * stride[3]] != 0;
+  }
+
+  const double* cached(const void* rows, const int64_t (&stride)[3], const float* scales,
+                       const int64_t (&scale_stride)[3], int64_t columns, int64_t j) const {
+    const KeyRun run = key_run(p, b, j, j + 1);
+    if (scales == nullptr) return row_of(static_cast<const double*>(rows), stride, run.batch, hkv, run.row);
+    const int8_t* numbers = row_of(static_cast<const int8_t*>(rows), stride, run.batch, hkv, run.row);
+    const double scale = static_cast<double>(*row_of(scales, scale_stride, run.batch, hkv, run.row));
+    for (int64_t c = 0; c < columns; ++c) widened[c] = scale * static_cast<double>(numbers[c]);
+    return widened;
   }
 
   // What is added to the capped score of key j.
@@ -135,6 +153,7 @@ struct Row {
   const AttentionParams& p;
   MaskGeometry geometry;
   int64_t b, hq, hkv, i;
+  double* widened;
   int64_t begin, end;
 };
 
@@ -154,12 +173,14 @@ void for_each_row(const AttentionParams& p, const Parallel& parallel, Body body)
   const int64_t tasks = p.B * p.Hq * row_blocks;
   if (tasks == 0) return;
   const int workers = worker_count(parallel, tasks);
-  std::vector<double> scratch(static_cast<size_t>(workers) * static_cast<size_t>(p.Lk));
+  const int64_t widened = p.k_scale ? max_i64(p.D, p.Dv) : 0;
+  std::vector<double> scratch(static_cast<size_t>(workers) * static_cast<size_t>(p.Lk + widened));
   for_each_task(parallel, workers, tasks, [&](int64_t task, int worker) {
     const int64_t b = task / row_blocks / p.Hq, hq = task / row_blocks % p.Hq;
     const int64_t first = task % row_blocks * kRowsPerTask;
     for (int64_t i = first; i < min_i64(first + kRowsPerTask, p.Lq); ++i) {
-      body(Row(p, b, hq, i), scratch.data() + worker * p.Lk);
+      double* scores = scratch.data() + worker * (p.Lk + widened);
+      body(Row(p, b, hq, i, scores + p.Lk), scores);
     }
   });
 }

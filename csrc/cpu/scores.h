@@ -20,6 +20,7 @@
 #pragma once
 
 #include "cpu/additive.h"
+#include "cpu/cached_rows.h"
 #include "cpu/gemm.h"
 #include "cpu/operands.h"
 #include "cpu/tile.h"
@@ -32,6 +33,7 @@ struct ScoreScratch {
   float* qt;       // Q^T by panels, times the scale in float arithmetic; additive scores: score_rows
   float* s;        // [keys][kPanelRows]: a panel's scores
   float* k;        // a copy of K, where it is needed
+  void* k_cached;  // rows of K out of pages or int8 numbers
   float* w;        // additive scores: [padded D]
   float* bias;     // [keys][kBlockRows]
   uint64_t* keep;  // [keys]
@@ -43,6 +45,7 @@ inline ScoreScratch score_scratch(const AttentionParams& p, Arena* arena) {
   s.qt = arena->take<float>(Operands::transposed_columns(p.D) * kBlockRows);
   s.s = arena->take<float>((kMaxBlockKeys + kRowPad) * kPanelRows);
   s.k = arena->take<float>(Operands::copy_floats(kMaxBlockKeys, p.D));
+  s.k_cached = arena->take<typename Operands::Raw>(cached_copy(p, kMaxBlockKeys, p.D));
   s.w = arena->take<float>(is_additive<Operands>(p) ? Operands::padded(p.D) : 0);
   s.bias = arena->take<float>(p.bias != nullptr ? kMaxBlockKeys * kBlockRows : 0);
   s.keep = arena->take<uint64_t>(kMaxBlockKeys);
@@ -168,14 +171,15 @@ inline void walk_scores(const AttentionParams& p, const ForwardItem& item, int64
       modifiers =
           score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr, scratch.bias);
     }
-    const Raw* k = row_at<const Raw>(p.k, p.k_stride, item.b, hkv, tile.j0);
+    const CachedRows<Raw> k = cached_rows<typename Operands::Element>(p, cached_keys(p), item.b, hkv, tile.j0, tile.nk,
+                                                                      static_cast<Raw*>(scratch.k_cached));
     Operand keys;
     if (has_tanh) {
-      TanhRows<Operands> additive_keys = key_rows<Operands>(k, p.k_stride[2], tile.nk, p.D, scratch.k);
+      TanhRows<Operands> additive_keys = key_rows<Operands>(k.data, k.stride, tile.nk, p.D, scratch.k);
       take_common_form(queries, additive_keys);
       keys = additive_keys.operand();
     } else {
-      keys = Operands::broadcast_rows(scratch.k, k, p.k_stride[2], tile.nk, p.D);
+      keys = Operands::broadcast_rows(scratch.k, k.data, k.stride, tile.nk, p.D);
     }
     consumer.begin_tile(tile);
     const ScorePanel<Operands, Consumer> panel{
@@ -240,25 +244,29 @@ FASTATTN_FN void add_row_sum(const RowScratch& rows, const PanelScores<NV>& pane
   }
 }
 
-// After the walk: the sink joins the rows that see a key, and `rescale` becomes factor * exp(maximum of the keys -
-// row_max) / row_sum, 0 for the others.
+// After the last key, for a vector of rows from r on: the sink, if not null, joins the rows that see a key, and `rescale`
+// becomes factor * exp(maximum of the keys - row_max) / row_sum, 0 for the others.
+FASTATTN_FN void close_rows(const RowScratch& rows, int64_t r, float factor, const Vf* sink) {
+  Vf m = vload(rows.row_max + r), l = vload(rows.row_sum + r);
+  // By the sum, which a NaN reaches; a maximum may have lost it to a later score.
+  const Vm is_empty = vequal(l, vzero());
+  Vf weight = vset(factor);
+  if (sink != nullptr) {
+    const Vf joint = vmax(m, *sink);
+    const Vf shrink = vexp(vsub(m, joint));
+    weight = vmul(weight, shrink);
+    l = vselect(is_empty, l, vfma(l, shrink, vexp(vsub(*sink, joint))));
+    m = vselect(is_empty, m, joint);
+  }
+  vstore(rows.row_max + r, m);
+  vstore(rows.row_sum + r, vselect(is_empty, vzero(), l));
+  vstore(rows.rescale + r, vselect(is_empty, vzero(), vdiv(weight, l)));
+}
+
 inline void finish_rows(const AttentionParams& p, const ForwardItem& item, float factor, const RowScratch& rows) {
+  const Vf sink = vset(p.sinks != nullptr ? static_cast<const float*>(p.sinks)[item.hq] : 0.0f);
   for (int64_t r = 0; r < item.i1 - item.i0; r += kLanes) {
-    Vf m = vload(rows.row_max + r), l = vload(rows.row_sum + r);
-    // By the sum, which a NaN reaches; a maximum may have lost it to a later score.
-    const Vm is_empty = vequal(l, vzero());
-    Vf weight = vset(factor);
-    if (p.sinks != nullptr) {
-      const Vf sink = vset(static_cast<const float*>(p.sinks)[item.hq]);
-      const Vf joint = vmax(m, sink);
-      const Vf shrink = vexp(vsub(m, joint));
-      weight = vmul(weight, shrink);
-      l = vselect(is_empty, l, vfma(l, shrink, vexp(vsub(sink, joint))));
-      m = vselect(is_empty, m, joint);
-    }
-    vstore(rows.row_max + r, m);
-    vstore(rows.row_sum + r, vselect(is_empty, vzero(), l));
-    vstore(rows.rescale + r, vselect(is_empty, vzero(), vdiv(weight, l)));
+    close_rows(rows, r, factor, p.sinks != nullptr ? &sink : nullptr);
   }
 }
 

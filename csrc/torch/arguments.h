@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "core/cache.h"
 #include "core/params.h"
 
 namespace fastattn {
@@ -89,6 +90,24 @@ struct SummaryArguments {
   bool need_mass;
 };
 
+// A cache, to be appended to and attended over. Shapes: see core/cache.h and fastattn/_kv_cache.py.
+struct KvCacheArguments {
+  const AttentionArguments& attention;  // its k and v are the caches, and it has no kv_lengths
+  const std::optional<Tensor>& k;       // what is appended; both or none
+  const std::optional<Tensor>& v;
+  const Tensor& cache_lengths;
+  const std::optional<Tensor>& block_table;
+  const std::optional<Tensor>& k_scale;  // int8 caches; both or none
+  const std::optional<Tensor>& v_scale;
+  const std::optional<Tensor>& rotary_cos;  // both or none
+  const std::optional<Tensor>& rotary_sin;
+  bool rotary_interleaved;
+};
+struct KvCacheParams {
+  AttentionParams attention;
+  CacheAppendParams append;
+};
+
 // Of o and its gradient, and of lse, row_max, row_sum and d_lse: in a padded batch, or packed.
 Shape row_shape(const AttentionArguments& arguments, const AttentionParams& params);
 Shape statistic_shape(const AttentionArguments& arguments, const AttentionParams& params);
@@ -101,6 +120,10 @@ AttentionParams check_attention(const AttentionArguments& arguments, bool for_cu
 AttentionParams check_attention_grad(const AttentionGradArguments& arguments, bool for_cuda);
 AttentionParams check_hard_attention_grad(const HardAttentionGradArguments& arguments, bool for_cuda);
 AttentionParams check_summary(const SummaryArguments& arguments, bool for_cuda);
+KvCacheParams check_kv_cache(const KvCacheArguments& arguments, bool for_cuda);
+// The rest of the rules, which only real tensors keep or break: where they lie in memory and, on the CPU, the values
+// of lengths and tables. After check_kv_cache, and before anything is written.
+void check_kv_cache_contents(const KvCacheArguments& arguments, const KvCacheParams& params);
 void check_dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p);
 
 }  // namespace fastattn

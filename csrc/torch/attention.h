@@ -25,6 +25,9 @@ std::tuple<Tensor, Tensor, Tensor> hard_attention_backward(const HardAttentionGr
 // entropy, max_weight, top_weights, top_index, key_mass (of shape (0,) unless asked for) and lse.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_summary(const SummaryArguments& arguments);
 
+// o and lse; k and v are in the cache afterwards.
+std::tuple<Tensor, Tensor> attention_with_kv_cache(const KvCacheArguments& arguments);
+
 // The bool mask (True = kept) that attention draws from rng_state, [B, H, Lq, Lk].
 Tensor dropout_mask(const Tensor& rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p);
 

@@ -1,5 +1,7 @@
 // The rules that arguments must keep. Every message names the argument, what was given, the rule and the remedy, and
 // has a test in tests/test_errors.py.
+#include "torch/checks.h"
+
 #include <cmath>
 #include <limits>
 
@@ -9,7 +11,6 @@
 #include "torch/tensors.h"
 
 namespace fastattn {
-namespace {
 
 void check_rank(const char* name, const Tensor& tensor, int64_t rank, const OperatorTexts& texts) {
   if (tensor.dim() != rank) {
@@ -52,6 +53,8 @@ void check_accumulator_dtype(const char* name, const Tensor& tensor, DType dtype
   }
 }
 
+namespace {
+
 void check_shapes(const AttentionArguments& a, AttentionParams* p) {
   // (B, H, L, D), or packed (total, H, D).
   const bool is_packed = a.packed != nullptr;
@@ -90,7 +93,8 @@ void check_shapes(const AttentionArguments& a, AttentionParams* p) {
   }
 }
 
-// Whether a tensor of these sizes has a byte count that an int64 holds, gradients in the accumulator type included.
+}  // namespace
+
 bool fits(std::initializer_list<int64_t> sizes) {
   int64_t bytes = 2 * sizeof(double);  // two statistics per row
   for (const int64_t size : sizes) {
@@ -101,6 +105,8 @@ bool fits(std::initializer_list<int64_t> sizes) {
   }
   return true;
 }
+
+namespace {
 
 void check_sizes_fit(const AttentionParams& p) {
   if (!fits({p.B, p.Hq, p.Lq, p.D}) || !fits({p.B, p.Hq, p.Lq, p.Dv}) || !fits({p.B, p.Hkv, p.Lk, p.D}) ||
@@ -161,6 +167,8 @@ void check_packed(const PackedArguments& packed, AttentionParams* p) {
   }
 }
 
+}  // namespace
+
 // What the CPU takes and the CUDA kernels do not.
 void check_limits_of_cuda(const AttentionParams& p, const OperatorTexts& texts) {
   if (p.dtype == DType::kFloat64) {
@@ -184,6 +192,8 @@ void check_limits_of_cuda(const AttentionParams& p, const OperatorTexts& texts) 
     }
   }
 }
+
+namespace {
 
 // Missing leading dimensions count as 1.
 void check_broadcasts(const char* name, const Tensor& tensor, const AttentionParams& p) {
@@ -224,6 +234,8 @@ void check_mask(const Tensor& mask, const AttentionParams& p) {
   }
 }
 
+}  // namespace
+
 void check_alibi_slopes(const Tensor& slopes, const AttentionParams& p) {
   const bool per_head = slopes.dim() == 1 && slopes.size(0) == p.Hq;
   const bool per_batch = slopes.dim() == 2 && slopes.size(0) == p.B && slopes.size(1) == p.Hq;
@@ -241,6 +253,8 @@ void check_sinks(const Tensor& sinks, const AttentionParams& p) {
   }
   check_accumulator_dtype("sinks", sinks, p.dtype);
 }
+
+namespace {
 
 void check_kv_lengths(const Tensor& lengths, const AttentionParams& p) {
   if (dtype_code(lengths) != aoti_torch_dtype_int32()) {
@@ -298,6 +312,8 @@ bool is_finite(double x, DType dtype) {
   return std::isfinite(accumulator_dtype(dtype) == DType::kFloat64 ? x : static_cast<double>(static_cast<float>(x)));
 }
 
+}  // namespace
+
 void check_numbers(const AttentionArguments& a, AttentionParams* p) {
   if (a.causal < 0 || a.causal > 2) {
     value_error("causal is ", a.causal, "; it must be 0 (none), 1 (top_left) or 2 (bottom_right).");
@@ -321,6 +337,8 @@ void check_numbers(const AttentionArguments& a, AttentionParams* p) {
   check_probability(a.dropout_p);
   p->dropout_p = a.dropout_p;
 }
+
+namespace {
 
 void check_rows(const char* name, const Tensor& tensor, const Shape& shape, int32_t dtype) {
   bool equal = tensor.dim() == shape.dim;

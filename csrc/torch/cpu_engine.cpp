@@ -60,6 +60,8 @@ void hard_attention_backward(const HardAttentionGradParams& params, const Device
 
 void attention_summary(const SummaryParams& params, const Device&) { call(cpu::attention_summary, params); }
 
+void append_to_cache(const CacheAppendParams& params, const Device&) { call(cpu::append_to_cache, params); }
+
 void dropout_mask(uint8_t* keep, const int64_t* state, const MaskSizes& sizes, double p, const Device&) {
   const cpu::Parallel parallel = torch_parallel();
   DropoutMask mask{keep, sizes, static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1]), p, parallel.threads};

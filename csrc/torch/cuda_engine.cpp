@@ -95,6 +95,11 @@ void attention_summary(const SummaryParams& params, const Device& device) {
   launch(cuda::summary_workspace_bytes, cuda::attention_summary, params, device);
 }
 
+void append_to_cache(const CacheAppendParams& params, const Device& device) {
+  const DeviceGuard guard(device.index);
+  reported([&] { cuda::append_to_cache(params, current_stream(device)); });
+}
+
 void dropout_mask(uint8_t* keep, const int64_t* state, const MaskSizes& sizes, double p, const Device& device) {
   const DeviceGuard guard(device.index);
   reported([&] { cuda::dropout_mask(keep, state, sizes.B, sizes.H, sizes.Lq, sizes.Lk, p, current_stream(device)); });

@@ -2,6 +2,7 @@
 // that answers for it: cpu_engine.cpp in _C_cpu, cuda_engine.cpp in _C_cuda.
 #pragma once
 
+#include "core/cache.h"
 #include "core/params.h"
 #include "torch/tensors.h"
 
@@ -23,6 +24,9 @@ void attention_backward(const AttentionGradParams& params, const Device& device)
 void hard_attention_forward(const HardAttentionParams& params, const Device& device);
 void hard_attention_backward(const HardAttentionGradParams& params, const Device& device);
 void attention_summary(const SummaryParams& params, const Device& device);
+// Writes new_lengths always; k and v into the cache, and rotated_q, where there are any. Before attention_forward, on
+// the same stream.
+void append_to_cache(const CacheAppendParams& params, const Device& device);
 void dropout_mask(uint8_t* keep, const int64_t* state, const MaskSizes& sizes, double p, const Device& device);
 
 }  // namespace fastattn::engine

@@ -78,11 +78,24 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "Tensor q, Tensor k, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lengths, "
       "Tensor? row_mask, int causal, int window_left, int window_right, float? scale, float softcap, int top_k, "
       "bool need_mass, str device) -> ()");
+  m.def(
+      "attention_with_kv_cache("
+      "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor cache_lengths, "
+      "Tensor? block_table, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? rotary_cos, Tensor? rotary_sin, "
+      "Tensor? alibi_slopes, Tensor? sinks, bool rotary_interleaved, int causal, int window_left, int window_right, "
+      "float? scale, float softcap) -> (Tensor o, Tensor lse)");
+  m.def(
+      "_check_attention_with_kv_cache("
+      "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k, Tensor? v, Tensor cache_lengths, Tensor? block_table, "
+      "Tensor? k_scale, Tensor? v_scale, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? alibi_slopes, Tensor? sinks, "
+      "bool rotary_interleaved, int causal, int window_left, int window_right, float? scale, float softcap, "
+      "str device) -> ()");
   m.def("dropout_mask(Tensor rng_state, int B, int H, int Lq, int Lk, float p) -> Tensor");
   m.def("_set_isa(str name) -> ()");
   m.def("_isa() -> str");
   m.def("_supported_isas() -> str");
   m.def("_measure_peak(str dtype, int threads) -> float");
+  m.def("_measure_read_bandwidth(int threads) -> float");
   m.def("_build_info() -> str");
   m.def("_cuda_build_info() -> str");
 }
@@ -95,5 +108,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
   m.impl("_isa", TORCH_BOX(&fastattn::isa));
   m.impl("_supported_isas", TORCH_BOX(&fastattn::supported_isas));
   m.impl("_measure_peak", TORCH_BOX(&fastattn::measure_peak));
+  m.impl("_measure_read_bandwidth", TORCH_BOX(&fastattn::measure_read_bandwidth));
   m.impl("_build_info", TORCH_BOX(&fastattn::build_info));
 }

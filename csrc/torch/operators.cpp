@@ -42,6 +42,12 @@ constexpr OperatorTexts kHard{.ranks = kOneRank,
 constexpr OperatorTexts kSummary{
     .ranks = kOneRank, .keys = "k has", .wide_heads = "fastattn.reference.attention_summary", .many_keys = kUseCpu};
 
+constexpr OperatorTexts kKvCache{
+    .ranks = "attention_with_kv_cache takes four: (B, H, L, D), for a paged cache (pages, H, page_size, D)",
+    .keys = "the cache has",
+    .wide_heads = "torch.nn.functional.scaled_dot_product_attention",
+    .many_keys = kUseCpu};
+
 AttentionArguments attention_arguments(const OperatorTexts& texts, const Tensor& q, const Tensor& k, const Tensor& v,
                                        const OptionalTensor& bias, const OptionalTensor& mask,
                                        const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
@@ -275,6 +281,35 @@ void check_summary(const Tensor& q, const Tensor& k, const OptionalTensor& bias,
                           device == "cuda");
 }
 
+std::tuple<Tensor, Tensor> with_kv_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                         const OptionalTensor& k, const OptionalTensor& v, const Tensor& cache_lengths,
+                                         const OptionalTensor& block_table, const OptionalTensor& k_scale,
+                                         const OptionalTensor& v_scale, const OptionalTensor& rotary_cos,
+                                         const OptionalTensor& rotary_sin, const OptionalTensor& alibi_slopes,
+                                         const OptionalTensor& sinks, bool rotary_interleaved, int64_t causal,
+                                         int64_t window_left, int64_t window_right, std::optional<double> scale,
+                                         double softcap) {
+  const AttentionArguments attention =
+      attention_arguments(kKvCache, q, k_cache, v_cache, kNoTensor, kNoTensor, alibi_slopes, sinks, kNoTensor,
+                          kNoTensor, causal, window_left, window_right, scale, softcap, 0.0);
+  return fastattn::attention_with_kv_cache(
+      {attention, k, v, cache_lengths, block_table, k_scale, v_scale, rotary_cos, rotary_sin, rotary_interleaved});
+}
+
+void check_with_kv_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
+                         const OptionalTensor& v, const Tensor& cache_lengths, const OptionalTensor& block_table,
+                         const OptionalTensor& k_scale, const OptionalTensor& v_scale, const OptionalTensor& rotary_cos,
+                         const OptionalTensor& rotary_sin, const OptionalTensor& alibi_slopes,
+                         const OptionalTensor& sinks, bool rotary_interleaved, int64_t causal, int64_t window_left,
+                         int64_t window_right, std::optional<double> scale, double softcap, std::string device) {
+  const AttentionArguments attention =
+      attention_arguments(kKvCache, q, k_cache, v_cache, kNoTensor, kNoTensor, alibi_slopes, sinks, kNoTensor,
+                          kNoTensor, causal, window_left, window_right, scale, softcap, 0.0);
+  fastattn::check_kv_cache(
+      {attention, k, v, cache_lengths, block_table, k_scale, v_scale, rotary_cos, rotary_sin, rotary_interleaved},
+      device == "cuda");
+}
+
 }  // namespace
 
 namespace fastattn {
@@ -294,6 +329,8 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("_check_hard_attention", TORCH_BOX(&check_hard));
   m.impl("attention_summary", TORCH_BOX(&summary));
   m.impl("_check_attention_summary", TORCH_BOX(&::check_summary));
+  m.impl("attention_with_kv_cache", TORCH_BOX(&with_kv_cache));
+  m.impl("_check_attention_with_kv_cache", TORCH_BOX(&check_with_kv_cache));
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_MODULES = ("transformers",)
+_MODULES = ("flash_attn", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:
