@@ -493,7 +493,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         assert len(record.calls) == 4 if checkpointed else 2
         assert record.dense == 0
     for key, gradient in found[0].items():
-        assert torch.equal(found[1][key], gradient)
+        close(found[1][key], gradient, f"the gradient of {key}")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
