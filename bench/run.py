@@ -25,6 +25,7 @@ from bench import (
     cases,
     cuda,
     cuda_targets,
+    decoding,
     growth,
     llama,
     machine,
@@ -258,6 +259,16 @@ class Run:
         if results:
             print(packed.TITLE, packed.table(results), sep="\n", flush=True)
 
+    def time_decoding(self) -> None:
+        results: list[decoding.Result] = []
+        self.sections["decode"] = lambda: [decoding.as_dict(result) for result in results]
+        chosen = [step for step in decoding.steps(self.options.quick) if step.dtype in self.wanted_dtypes()]
+        with self.until_stopped(), Progress("step", len(chosen)) as progress:
+            timed = (decoding.measure(step, 2 * self.budget_s, progress.say) for step in chosen)
+            self.time_each(timed, results, decoding.line, progress)
+        if results:
+            print(decoding.TITLE, decoding.table(results), sep="\n", flush=True)
+
     def wanted_dtypes(self) -> Collection[str]:
         return self.options.dtype or cases.DTYPES
 
@@ -426,7 +437,11 @@ class Run:
             self.sections["gpu_under_load"] = lambda: state
 
 
-MODEL_GROUPS: dict[str, Callable[[Run], None]] = {"packed": Run.time_packed, "llama": Run.time_llama}
+MODEL_GROUPS: dict[str, Callable[[Run], None]] = {
+    "decode": Run.time_decoding,
+    "packed": Run.time_packed,
+    "llama": Run.time_llama,
+}
 
 
 def run(options: argparse.Namespace) -> int:

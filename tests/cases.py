@@ -450,6 +450,41 @@ def _many_rows() -> list[Case]:
     ]
 
 
+def _decoding() -> list[Case]:
+    """A few rows over many keys: more than a block of them, 64, and more than a part, 256; groups of every size."""
+    cases = []
+    for n, (Lq, gqa) in enumerate(((1, 1), (1, 2), (1, 3), (1, 5), (2, 2), (3, 4), (7, 1), (8, 8), (15, 1), (15, 4))):
+        for m, Lk in enumerate((63, 64, 65, 129, 300)):
+            D, causal = (8, 20, 32, 64, 128)[(n + m) % 5], (False, "bottom_right", "top_left")[(n + m) % 3]
+            cases.append(Case(Lq, Lk, D=D, Hkv=1 + n % 2, gqa=gqa, causal=causal))
+    cases += [Case(1, 600, D=D, Dv=Dv, Hkv=1, gqa=2) for D, Dv in ((33, 70), (72, 144), (160, 16), (4, 200))]
+    # More heads in a group than an item has rows; more keys in a part than there are of the shorter sequences.
+    cases += [Case(1, 90, D=16, Hkv=1, gqa=130), Case(5, 90, D=16, Hkv=1, gqa=33, causal="bottom_right")]
+    cases.append(Case(3, 1100, D=16, B=3, gqa=2, kv_lengths=(1100, 5, 520), causal="bottom_right", sinks=True))
+    every: dict[str, Any] = {"bias": "bhqk", "mask": "b1qk", "alibi": "bh", "sinks": True, "softcap": 4.0}
+    for Lq in (1, 4):
+        for more in (
+            {"window": (100, 0)},
+            {"mask": "11qk", "mask_values": "rows"},
+            {"mask": "b11k"},
+            {"bias": "1h1k"},
+            {"bias": "bhqk", "bias_values": "min"},
+            {"bias": "11q1", "bias_float32": True},
+            {"scale": -0.4},
+            {"scale": 0.0},
+            {"softcap": 2.0},
+            {"alibi": "h", "causal": "top_left"},
+            {"sinks": True},
+            every,
+        ):
+            cases.append(Case(Lq, 531, D=32, B=2, Hkv=1, gqa=3, kv_lengths=(531, 300), **more))
+        cases += [Case(Lq, 270, D=24, B=2, gqa=2, layout=layout, bias="1hqk", mask="b1qk") for layout in LAYOUTS[1:]]
+    # Enough rows for tiles, and so few heads that the keys are cut.
+    cases += [Case(16, 900, D=16, Hkv=1, **every), Case(33, 800, D=24, B=2, kv_lengths=(800, 0), dropout_p=0.2),
+              Case(64, 530, D=16, gqa=2, causal="bottom_right", sinks=True)]  # fmt: skip
+    return cases
+
+
 def _long() -> list[Case]:
     """Long enough for one head to be cut into chunks of keys, and for tiles to be skipped far from the diagonal."""
     long: dict[str, Any] = {"Hkv": 1, "heavy": True}
@@ -479,6 +514,7 @@ CASES: list[Case] = _unique(
     + _layouts()
     + _combinations()
     + _many_rows()
+    + _decoding()
     + _long()
 )
 

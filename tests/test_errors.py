@@ -328,6 +328,7 @@ OPERATOR_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("isa-unknown", lambda: ops._set_isa("sse9"), '"sse9" is unknown; it must be one of baseline, avx2'),
     ("peak-dtype", lambda: ops._measure_peak("float16", 1), 'dtype is "float16"'),
     ("peak-threads", lambda: ops._measure_peak("float32", 0), "threads is 0"),
+    ("bandwidth-threads", lambda: ops._measure_read_bandwidth(0), "threads is 0"),
 ]
 
 

@@ -132,9 +132,9 @@ def test_blind_rows_are_exactly_zero(isa: str) -> None:
                 assert (got["lse"][:, :, blind] == -torch.inf).all(), reason
                 assert (got["dq"][:, :, blind] == 0).all(), reason
                 assert got["lse"][:, :, ~blind].isfinite().all(), reason
-                assert all(x.isfinite().all() for name, x in got.items() if name != "lse"), reason
+                assert all(x.isfinite().all() for name, x in got.items() if not name.startswith("lse")), reason
                 if blind.all():
-                    assert all((x == 0).all() for name, x in got.items() if name != "lse"), reason
+                    assert all((x == 0).all() for name, x in got.items() if not name.startswith("lse")), reason
 
 
 def test_forced_level_is_the_active_level(isa: str) -> None:
@@ -156,7 +156,7 @@ def test_highest_level_is_the_default() -> None:
 
 
 def test_no_grad_gives_the_same_bits(isa: str) -> None:
-    """Without gradients no statistics are saved; the result must not depend on that."""
+    """Without gradients no statistics are saved; the result must not depend on that, but for a few rows (decoding)."""
     for dtype in (torch.float32, *SIXTEEN_BITS):
         inputs = make_inputs(Case(70, 131, D=32, gqa=2, causal="bottom_right"), dtype)
         with_grad = compute(inputs.require_grad())

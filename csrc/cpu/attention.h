@@ -40,4 +40,7 @@ void append_to_cache(const CacheAppendParams& params, const Parallel& parallel);
 // active level, for float32 operands or (pairs: where the level has a bfloat16 dot product) for bfloat16 ones.
 double measure_peak_flops(DType dtype, const Parallel& parallel);
 
+// Bytes per second that `parallel.threads` read together from memory that no cache holds; takes 512 MB for the while.
+double measure_read_bandwidth(const Parallel& parallel);
+
 }  // namespace fastattn::cpu

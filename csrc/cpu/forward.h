@@ -143,13 +143,28 @@ struct WeightedSum {
   }
 };
 
+// Leaves what a part of the keys made of the rows.
+inline void write_partial(const AttentionParams& p, const ForwardItem& item, const ForwardScratch& scratch) {
+  const int64_t rows = item.i1 - item.i0;
+  float* to = partial_row(p, item.partial, item.hq, item.i0);
+  for (int64_t r = 0; r < rows; r += kLanes) vstore(scratch.rows.rescale + r, vset(1.0f));
+  transpose_back<Float32>(to, partial_row_floats(p), scratch.ot, ot_columns(p), rows, p.Dv, scratch.rows.rescale);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* state = partial_state(p, to + r * partial_row_floats(p));
+    state[0] = scratch.rows.row_max[r];
+    state[1] = scratch.rows.row_sum[r];
+  }
+}
+
 template <class Operands>
 inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, char* memory) {
   using Raw = typename Operands::Raw;
   const ForwardScratch scratch = forward_scratch<Operands>(p, memory, nullptr);
-  if (is_small_forward(p)) return small_forward<typename Operands::Element>(p, item.b, item.hq, scratch.ot);
+  if (item.partial == nullptr && is_small_forward(p))
+    return small_forward<typename Operands::Element>(p, item.b, item.hq, scratch.ot);
   WeightedSum<Operands> consumer{p, scratch};
-  walk_scores<Operands>(p, item, 0, p.Lk, scratch.scores, consumer);
+  walk_scores<Operands>(p, item, item.j0, min_i64(item.j1, p.Lk), scratch.scores, consumer);
+  if (item.partial != nullptr) return write_partial(p, item, scratch);
   finish_rows(p, item, p.dropout_p < 1.0 ? 1.0f : 0.0f, scratch.rows);
   transpose_back<typename Operands::Element>(row_at<Raw>(p.o, p.o_stride, item.b, item.hq, item.i0), p.o_stride[2],
                                              scratch.ot, ot_columns(p), item.i1 - item.i0, p.Dv, scratch.rows.rescale);

@@ -3,6 +3,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/cache.h"
+#include "cpu/decode.h"
 #include "cpu/forward.h"
 #include "cpu/hard.h"
 #include "cpu/kernels.h"
@@ -37,6 +38,34 @@ size_t forward_scratch_bytes(const AttentionParams& p) {
 
 void forward_item(const AttentionParams& p, const ForwardItem& item, void* scratch) {
   with_operands(p, [&]<class Operands>() { forward_item_as<Operands>(p, item, static_cast<char*>(scratch)); });
+}
+
+size_t decode_scratch_bytes(const AttentionParams& p) {
+  size_t bytes = 0;
+  decode_scratch(p, nullptr, &bytes);
+  return bytes;
+}
+
+void decode_item(const AttentionParams& p, const DecodeItem& item, void* scratch) {
+  char* memory = static_cast<char*>(scratch);
+  if (p.k_scale != nullptr) {
+#if FASTATTN_BF16_DOT
+    if (p.dtype == DType::kBFloat16) return decode_item_as<Int8Keys>(p, item, memory);
+#endif
+    return decode_item_as<FloatKeys<Int8>>(p, item, memory);
+  }
+  switch (p.dtype) {
+    case DType::kBFloat16:
+#if FASTATTN_BF16_DOT
+      return decode_item_as<Bf16Keys>(p, item, memory);
+#else
+      return decode_item_as<FloatKeys<BFloat16>>(p, item, memory);
+#endif
+    case DType::kFloat16:
+      return decode_item_as<FloatKeys<Float16>>(p, item, memory);
+    default:
+      return decode_item_as<FloatKeys<Float32>>(p, item, memory);
+  }
 }
 
 size_t backward_scratch_bytes(const AttentionGradParams& gp, int64_t chunk_keys, bool dq_in_scratch, bool is_hard) {
@@ -147,6 +176,9 @@ double multiply_adds(DType dtype, int64_t rounds, float* sink) {
 const KernelTable kernels = {
     forward_scratch_bytes,
     forward_item,
+    decode_scratch_bytes,
+    decode_item,
+    merge_rows,
     backward_scratch_bytes,
     backward_task,
     reduce_dq,

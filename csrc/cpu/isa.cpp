@@ -34,7 +34,8 @@ Isa detect() {
   const bool has_avx512 = has_bits(ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
   if (!has_avx512 || !has_bits(saved_state(), kAvx512State)) return Isa::kAvx2;
   constexpr uint32_t kAvx512Bf16Bit = 1u << 5;
-  if (eax < 1 || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !has_bits(eax, kAvx512Bf16Bit)) {
+  if (!has_bits(ecx, bit_AVX512VNNI) || eax < 1 || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) ||
+      !has_bits(eax, kAvx512Bf16Bit)) {
     return Isa::kAvx512;
   }
   return Isa::kAvx512Bf16;

@@ -7,6 +7,7 @@
 #include <cstddef>
 
 #include "core/cache.h"
+#include "core/macros.h"
 #include "core/params.h"
 
 namespace fastattn::cpu {
@@ -14,10 +15,34 @@ namespace fastattn::cpu {
 // Query rows that a kernel processes together; score tiles have this many columns.
 constexpr int64_t kBlockRows = 64;
 
-// Rows [i0, i1) of one (b, hq), i1 - i0 <= kBlockRows.
+// Rows [i0, i1) of one (b, hq), i1 - i0 <= kBlockRows, over the keys [j0, j1) of those there are.
 struct ForwardItem {
   int64_t b, hq, i0, i1;
+  int64_t j0 = 0, j1 = INT64_MAX;
+  float* partial = nullptr;  // see partial_row; null: these are all keys, and the item writes its rows itself
 };
+
+// Up to this many scores a head is a matter of dot products, not of tiles: see small.h.
+constexpr int64_t kSmallScoresForward = 36;
+FASTATTN_FN bool is_small_forward(const AttentionParams& p) {
+  return p.w == nullptr && p.block_table == nullptr && p.k_scale == nullptr && p.Lq * p.Lk <= kSmallScoresForward;
+}
+
+// All rows of the query heads [hq0, hq1) of one sequence, which share a key head, over the keys [j0, j1): few rows, at
+// most kBlockRows.
+struct DecodeItem {
+  int64_t b, hq0, hq1;
+  int64_t j0, j1;
+  float* partial;  // as ForwardItem's
+};
+
+// What a part of the keys makes of a row, where several parts share it: o before the division by the row sum, [Dv], and
+// 16 floats before its end row maximum and row sum, without the sink. A part has [Hq, Lq] such rows, of one sequence.
+FASTATTN_FN int64_t partial_row_floats(const AttentionParams& p) { return (p.Dv + 15) / 16 * 16 + 16; }
+FASTATTN_FN float* partial_row(const AttentionParams& p, float* part, int64_t hq, int64_t i) {
+  return part + (hq * p.Lq + i) * partial_row_floats(p);
+}
+FASTATTN_FN float* partial_state(const AttentionParams& p, float* row) { return row + partial_row_floats(p) - 16; }
 
 // Backward works on the keys [j0, j1) of the KV heads of one group. A group is one (b, hkv), or all those that share a
 // slice of a bias whose gradient is wanted: their sum is then formed by one worker, in order.
@@ -44,6 +69,11 @@ struct AppendItem {
 struct KernelTable {
   size_t (*forward_scratch_bytes)(const AttentionParams&);
   void (*forward_item)(const AttentionParams&, const ForwardItem&, void* scratch);
+
+  size_t (*decode_scratch_bytes)(const AttentionParams&);
+  void (*decode_item)(const AttentionParams&, const DecodeItem&, void* scratch);
+  // Adds up the parts [0, parts) of the rows [i0, i1) of one (b, hq), `part_floats` apart, and writes the rows.
+  void (*merge_rows)(const AttentionParams&, const ForwardItem&, float* first_part, int64_t parts, int64_t part_floats);
 
   size_t (*backward_scratch_bytes)(const AttentionGradParams&, int64_t chunk_keys, bool dq_in_scratch, bool is_hard);
   void (*backward_task)(const AttentionGradParams&, const BackwardTask&, void* scratch);

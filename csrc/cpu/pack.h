@@ -41,6 +41,13 @@ struct Float16 {
   FASTATTN_FN void store_first(Raw* p, Vf x, int64_t n) { vstore_f16_first(p, x, n); }
 };
 
+// Numbers of a quantised cache, which is only read.
+struct Int8 {
+  using Raw = int8_t;
+  FASTATTN_FN Vf load(const Raw* p) { return vload_i8(p); }
+  FASTATTN_FN Vf load_first(const Raw* p, int64_t n) { return n >= kLanes ? load(p) : vload_i8_first(p, n); }
+};
+
 FASTATTN_FN constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Address of a row of a [batch, head, row, :] tensor with a contiguous last dimension.

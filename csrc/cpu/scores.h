@@ -244,25 +244,29 @@ FASTATTN_FN void add_row_sum(const RowScratch& rows, const PanelScores<NV>& pane
   }
 }
 
-// After the walk: the sink joins the rows that see a key, and `rescale` becomes factor * exp(maximum of the keys -
-// row_max) / row_sum, 0 for the others.
+// After the last key, for a vector of rows from r on: the sink, if not null, joins the rows that see a key, and `rescale`
+// becomes factor * exp(maximum of the keys - row_max) / row_sum, 0 for the others.
+FASTATTN_FN void close_rows(const RowScratch& rows, int64_t r, float factor, const Vf* sink) {
+  Vf m = vload(rows.row_max + r), l = vload(rows.row_sum + r);
+  // By the sum, which a NaN reaches; a maximum may have lost it to a later score.
+  const Vm is_empty = vequal(l, vzero());
+  Vf weight = vset(factor);
+  if (sink != nullptr) {
+    const Vf joint = vmax(m, *sink);
+    const Vf shrink = vexp(vsub(m, joint));
+    weight = vmul(weight, shrink);
+    l = vselect(is_empty, l, vfma(l, shrink, vexp(vsub(*sink, joint))));
+    m = vselect(is_empty, m, joint);
+  }
+  vstore(rows.row_max + r, m);
+  vstore(rows.row_sum + r, vselect(is_empty, vzero(), l));
+  vstore(rows.rescale + r, vselect(is_empty, vzero(), vdiv(weight, l)));
+}
+
 inline void finish_rows(const AttentionParams& p, const ForwardItem& item, float factor, const RowScratch& rows) {
+  const Vf sink = vset(p.sinks != nullptr ? static_cast<const float*>(p.sinks)[item.hq] : 0.0f);
   for (int64_t r = 0; r < item.i1 - item.i0; r += kLanes) {
-    Vf m = vload(rows.row_max + r), l = vload(rows.row_sum + r);
-    // By the sum, which a NaN reaches; a maximum may have lost it to a later score.
-    const Vm is_empty = vequal(l, vzero());
-    Vf weight = vset(factor);
-    if (p.sinks != nullptr) {
-      const Vf sink = vset(static_cast<const float*>(p.sinks)[item.hq]);
-      const Vf joint = vmax(m, sink);
-      const Vf shrink = vexp(vsub(m, joint));
-      weight = vmul(weight, shrink);
-      l = vselect(is_empty, l, vfma(l, shrink, vexp(vsub(sink, joint))));
-      m = vselect(is_empty, m, joint);
-    }
-    vstore(rows.row_max + r, m);
-    vstore(rows.row_sum + r, vselect(is_empty, vzero(), l));
-    vstore(rows.rescale + r, vselect(is_empty, vzero(), vdiv(weight, l)));
+    close_rows(rows, r, factor, p.sinks != nullptr ? &sink : nullptr);
   }
 }
 

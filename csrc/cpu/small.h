@@ -22,10 +22,6 @@ namespace {
 // took 0.07 ms against 0.48 forward and 0.13 against 1.19 backward; 4 x 4, 0.35 against 0.58 and 0.63 against 1.66; 8 x
 // 8, 1.01 against 0.71 and 2.0 against 3.0.
 constexpr int64_t kSmallScores = 64;
-constexpr int64_t kSmallScoresForward = 36;
-FASTATTN_FN bool is_small_forward(const AttentionParams& p) {
-  return p.w == nullptr && p.block_table == nullptr && p.k_scale == nullptr && p.Lq * p.Lk <= kSmallScoresForward;
-}
 FASTATTN_FN bool is_small_backward(const AttentionParams& p) { return p.w == nullptr && p.Lq * p.Lk <= kSmallScores; }
 
 // Scores of a head, [row][key].

@@ -95,6 +95,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def("_isa() -> str");
   m.def("_supported_isas() -> str");
   m.def("_measure_peak(str dtype, int threads) -> float");
+  m.def("_measure_read_bandwidth(int threads) -> float");
   m.def("_build_info() -> str");
   m.def("_cuda_build_info() -> str");
 }
@@ -107,5 +108,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
   m.impl("_isa", TORCH_BOX(&fastattn::isa));
   m.impl("_supported_isas", TORCH_BOX(&fastattn::supported_isas));
   m.impl("_measure_peak", TORCH_BOX(&fastattn::measure_peak));
+  m.impl("_measure_read_bandwidth", TORCH_BOX(&fastattn::measure_read_bandwidth));
   m.impl("_build_info", TORCH_BOX(&fastattn::build_info));
 }

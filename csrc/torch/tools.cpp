@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 
 #include "cpu/attention.h"
 #include "torch/errors.h"
@@ -40,13 +41,28 @@ std::string supported_isas() {
   return names;
 }
 
+namespace {
+
+cpu::Parallel parallel_of(int64_t threads) {
+  if (threads < 1) value_error("threads is ", threads, "; it must be at least 1.");
+  return torch_parallel(static_cast<int>(std::min<int64_t>(threads, std::numeric_limits<int>::max())));
+}
+
+}  // namespace
+
 double measure_peak(std::string dtype, int64_t threads) {
   if (dtype != "float32" && dtype != "bfloat16") {
     value_error("dtype is \"", dtype, "\"; peaks are measured for \"float32\" and \"bfloat16\".");
   }
-  if (threads < 1) value_error("threads is ", threads, "; it must be at least 1.");
-  const int limit = static_cast<int>(std::min<int64_t>(threads, std::numeric_limits<int>::max()));
-  return cpu::measure_peak_flops(dtype == "float32" ? DType::kFloat32 : DType::kBFloat16, torch_parallel(limit));
+  return cpu::measure_peak_flops(dtype == "float32" ? DType::kFloat32 : DType::kBFloat16, parallel_of(threads));
+}
+
+double measure_read_bandwidth(int64_t threads) {
+  try {
+    return cpu::measure_read_bandwidth(parallel_of(threads));
+  } catch (const std::bad_alloc&) {
+    runtime_error("there are no 512 MB for the measurement of the memory's bandwidth.");
+  }
 }
 
 std::string build_info() {

@@ -139,6 +139,23 @@ FASTATTN_FN __m128i narrow_f16(Vf x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_N
 FASTATTN_FN void vstore_f16(uint16_t* p, Vf x) { _mm_storeu_si128((__m128i*)p, narrow_f16(x)); }
 FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) { store_first_16(p, narrow_f16(x), n); }
 
+FASTATTN_FN Vf vload_i8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+FASTATTN_FN Vf vload_i8_first(const int8_t* p, int64_t n) {
+  if (n >= 8) return vload_i8(p);
+  int8_t buffer[8] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return vload_i8(buffer);
+}
+
+FASTATTN_FN Vf vload_quad(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) { return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); }
+FASTATTN_FN void vstore_quads(float* p, int64_t stride, Vf x) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128(x));
+  _mm_storeu_ps(p + stride, _mm256_extractf128_ps(x, 1));
+}
+
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
   Vf t[kLanes];
 #pragma GCC unroll 8

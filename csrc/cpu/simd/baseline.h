@@ -185,6 +185,22 @@ FASTATTN_FN void vstore_f16_first(uint16_t* p, Vf x, int64_t n) {
 }
 FASTATTN_FN void vstore_f16(uint16_t* p, Vf x) { vstore_f16_first(p, x, kLanes); }
 
+FASTATTN_FN Vf vload_i8_first(const int8_t* p, int64_t n) {
+  Vf x = vzero();
+  for (int64_t l = 0; l < kLanes && l < n; ++l) x[l] = static_cast<float>(p[l]);
+  return x;
+}
+FASTATTN_FN Vf vload_i8(const int8_t* p) { return vload_i8_first(p, kLanes); }
+
+// The same four numbers in every quad of lanes.
+FASTATTN_FN Vf vload_quad(const float* p) { return vload(p); }
+// Number c of quad q: the sum of quad q of the c-th vector.
+FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) {
+  return Vf{vreduce_add(a), vreduce_add(b), vreduce_add(c), vreduce_add(d)};
+}
+// Quad q goes to p + q * stride.
+FASTATTN_FN void vstore_quads(float* p, int64_t, Vf x) { vstore(p, x); }
+
 // r[i] lane j <-> r[j] lane i.
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
   Vf t[kLanes];
