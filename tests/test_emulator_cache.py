@@ -59,8 +59,8 @@ def test_parity(case: CacheCase, dtype: torch.dtype) -> None:
             unit = torch.finfo(dtype).eps / 2 if case.rotary_dim else 0.0
             assert ((call.stored()[0] - keys).abs() <= unit * keys.abs() + 4e-7 * (unit != 0)).all()
             assert torch.equal(call.stored()[1], values)
-        if "attention_combine" not in kernels and multiprocessors == MANY_MULTIPROCESSORS:
-            assert max(case.lengths) < 300
+        # 64 multiprocessors are more than the CTAs of any of these; what a window leaves may be too little to split.
+        assert ("attention_combine" in kernels) == (multiprocessors == MANY_MULTIPROCESSORS) or case.window
 
 
 @each_dtype

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from .compare import differences
 from .emulated import MANY_MULTIPROCESSORS, NEVER_SPLIT, compute_emulated, core
 from .emulated_packed import compute_emulated_packed
 from .emulator_checks import DTYPES, SHORT, each_dtype, leave_out_synchronisations, order_dependence, unnoticed
-from .packed import PackedCase, PackedProblem, cumulated
+from .packed import PackedCase, PackedProblem
 
 LENGTHS = (5, 70, 0, 1, 131, 16), (9, 64, 12, 40, 131, 0)
 EVERYTHING: dict[str, Any] = {"softcap": 4.0, "alibi": "bh", "sinks": True, "dropout_p": 0.2, "gqa": 2, "Hkv": 1}
@@ -77,30 +79,42 @@ ODD = {
     "descending": ([20, 12, 5, 0], [20, 9, 30, -1]),
     "longer than the longest": ([0, 20, 20, 23], [0, 23, 23, 23]),
 }
+# The rows that see a key, and the keys that a row sees.
+COVERED = {
+    "beyond the tensors": ([*range(13)], [*range(18)]),
+    "negative": ([*range(13)], [*range(18)]),
+    "descending": ([], []),
+    "longer than the longest": ([*range(8)], [*range(9)]),
+}
+
+
+def surrounded(x: Tensor) -> Tensor:
+    """The same numbers, as a part of a larger tensor full of NaN."""
+    whole = x.new_full((x.shape[0] + 64, *x.shape[1:]), math.nan)
+    whole[32:-32] = x
+    return whole[32:-32]
 
 
 @each_dtype
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
 def test_odd_lengths_lead_nowhere(odd: tuple[list[int], list[int]], dtype: torch.dtype) -> None:
-    """Nothing outside of the tensors is touched (guard_pages.py and the sanitizers would tell), and every row and key
-    is either of a sequence or 0; of a longest that is too short, the rest is left out.
-    """
+    """Nothing outside of the tensors is read, and every row and key is either of a sequence or 0."""
     case = PackedCase((5, 7, 8), (9, 5, 6), {"causal": True, "Hkv": 1, "D": 32})
     problem = PackedProblem(case, dtype, left_over=0.5)
-    problem.cu_seqlens = tuple(torch.tensor(x, dtype=torch.int64).to(torch.int32) for x in odd)  # type: ignore[assignment]
+    for name in ("q", "k", "v", "d_o"):
+        setattr(problem, name, surrounded(getattr(problem, name)))
+    first, second = (torch.tensor(x, dtype=torch.int64).to(torch.int32) for x in odd)
+    problem.cu_seqlens = first, second
     got, _ = compute_emulated_packed(problem)
-    if odd is ODD["longer than the longest"]:
-        covered = PackedProblem(case, dtype, left_over=0.5)
-        covered.cu_seqlens = cumulated((8, 0, 3)), cumulated((9, 0, 0))
-        # The last sequence begins at row 20 in both, by 12 rows of no sequence here.
-        covered.cu_seqlens[0][2:] = torch.tensor([20, 23])
-        assert (got["o"][8:20] == 0).all()
-        assert (got["lse"][:, 8:20] == -torch.inf).all()
-        assert (got["dk"][9:] == 0).all()
-        assert (got["dq"][8:20] == 0).all()
-    if odd is ODD["beyond the tensors"]:
-        assert all(x.isfinite().all() for name, x in got.items() if name != "lse")
-        assert (got["o"][5 + 8 :] == 0).all()
+    for name, x in got.items():
+        assert not x.isnan().any(), name
+        assert name == "lse" or x.isfinite().all(), name
+    # Rows and keys of sequences: max_seqlen_q is 8, max_seqlen_k 9, of 23 rows and keys.
+    rows, keys = COVERED[next(name for name in ODD if ODD[name] is odd)]
+    assert (got["lse"] != -math.inf).any(0).nonzero().flatten().tolist() == rows
+    for name, covered in (("o", rows), ("dq", rows), ("dk", keys), ("dv", keys)):
+        others = [n for n in range(got[name].shape[0]) if n not in covered]
+        assert (got[name][others] == 0).all(), name
 
 
 # --------------------------------------------------------------------------------------------------------------- plans

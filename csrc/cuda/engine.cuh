@@ -34,10 +34,9 @@ inline void drop_batch_stride(const AttentionParams& a, int64_t (&stride)[3]) {
   if (a.cu_seqlens_q != nullptr) stride[0] = 0;
 }
 
-// Rows of eight bytes of int8 become sixteen bytes of a tile.
+// int8 rows are read eight bytes at a time, in place of sixteen.
 inline bool cache_is_aligned(const void* tensor, const int64_t (&stride)[3], const float* scale, int64_t bytes) {
-  if (scale == nullptr) return rows_are_aligned(tensor, stride, bytes);
-  return rows_are_aligned(tensor, stride, 2) && reinterpret_cast<uintptr_t>(tensor) % 8 == 0;
+  return rows_are_aligned(tensor, stride, scale == nullptr ? bytes : 2);
 }
 
 inline ForwardParams forward_params(const AttentionParams& given, const ForwardPlan& plan, Arena* arena) {
