@@ -16,7 +16,8 @@ from bench import cuda_packed, packed, textbook
 from bench.cases import BIAS_CASE, WINDOW_CASE, Job, decode_case, on_cuda, training_case
 from bench.measure import Meter, OursFailed, Row, WrongResult, in_words, measure
 from bench.peers import BASELINE, OURS, PEERS
-from bench.targets import AT_LEAST, Target, judge_textbook, wrong_target
+from bench.target import AT_LEAST, Target, wrong_target
+from bench.targets import judge_textbook
 from bench.textbook_peers import ATTENTION, COMPILED, EAGER, Problem
 from tests.cases import BENCH_CASES
 
