@@ -87,9 +87,10 @@ FASTATTN_DEVICE void gather_cache_tile(SharedAddress base, const AttentionParams
   const bool is_int8 = t.scale != nullptr;
   const int size = is_int8 ? 1 : kSize;
   const char* const head = static_cast<const char*>(t.data) + hkv * t.stride[1] * size;
-  // Addresses and numbers first, so that several of them are on their way at once; then what goes to shared memory. The
-  // widest heads have fewer registers for them.
-  constexpr int kBatch = Tile::kDim < 256 ? 4 : kSize == 2 ? 2 : 1;
+  // Addresses and numbers first, so that several of them are on their way at once; then what goes to shared memory.
+  // Wide heads have few registers for them, but where a warp has 16 rows alone.
+  constexpr bool kIsWide = Tile::kDim >= (kThreads == 32 ? 256 : 128);
+  constexpr int kBatch = !kIsWide ? 4 : Tile::kRowBytes < 1024 ? 2 : 1;
 #pragma unroll 1
   for (int first = thread_index(); first < kWork; first += kBatch * kThreads) {
     const char* src[kBatch];

@@ -51,8 +51,10 @@ struct ForwardKernel {
   using TileQ = Tile<kType, kBlockM, kDim, kSwizzled>;
   using TileKV = Tile<kType, kBlockN, kDim, kSwizzled>;
   static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileKV::kBytes;
-  // As many CTAs as fit on a multiprocessor of 227 KB should fit by registers as well, up to 255 for each thread.
-  static constexpr int kMinBlocks = kWarps <= 4 && 2 * kSharedBytes <= 200 * 1024 ? 2 : 1;
+  // As many CTAs as fit on a multiprocessor of 227 KB should fit by registers as well, up to 255 for each thread. A
+  // third one, which 64 x 64 of 128 columns have had room for on sm_80, must not be lost to a few registers.
+  static constexpr bool kFitsThrice = kModified && kBytes == 2 && kDim == 128 && kBlockM == 64;
+  static constexpr int kMinBlocks = kFitsThrice ? 3 : kWarps <= 4 && 2 * kSharedBytes <= 200 * 1024 ? 2 : 1;
 
   static constexpr int kM = kBlockM / kWarps / 16;  // 16-row tiles of a warp
   static constexpr int kN = kBlockN / 8;            // 8-key tiles
