@@ -27,6 +27,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 INSTALLED := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.+=_-' '_')
 EXTENSION := build/.extension
 CORE := build/cmake/.built
+# .venv has transformers 5; the tests run on 4.57 too, which needs others of its packages than 5 does.
+TRANSFORMERS4 := $(VENV)/transformers4/.installed
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help bench test venv build core lint format typecheck sanitize cuda-gate gpu-check wheel clean distclean
@@ -44,7 +46,7 @@ bench: build  ## compare with PyTorch SDPA: a table, a plot, and a model trained
 
 # Neighbours among the tests share what they are compared with: processes get long runs of them (worksteal), and each
 # process takes up to 2 GB.
-test: build core  ## build everything and run the tests
+test: build core $(TRANSFORMERS4)  ## build everything and run the tests
 	ctest --test-dir build/cmake --output-on-failure --no-tests=error
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
@@ -101,6 +103,11 @@ $(INSTALLED): pyproject.toml scripts/requirements.py | $(PY)
 	$(PY) scripts/requirements.py bench test dev > $(VENV)/requirements.txt
 	$(PY) -m pip install --progress-bar off $(TORCH) -r $(VENV)/requirements.txt
 	echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastattn.pth"
+	touch $@
+
+$(TRANSFORMERS4): tests/transformers4.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(PY) -m pip install --progress-bar off --no-compile --no-deps --target $(@D) -r $<
 	touch $@
 
 $(EXTENSION): setup.py scripts/cuda_build.py $(NATIVE_SOURCES) $(INSTALLED)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from bench import textbook
+from bench import cuda_packed, packed, textbook
 from bench.cases import BIAS_CASE, WINDOW_CASE, Job, decode_case, on_cuda, training_case
 from bench.measure import Meter, OursFailed, Row, WrongResult, in_words, measure
 from bench.peers import BASELINE, OURS, PEERS
-from bench.targets import AT_LEAST, Target, judge_textbook, wrong_target
+from bench.target import AT_LEAST, Target, wrong_target
+from bench.targets import judge_textbook
 from bench.textbook_peers import ATTENTION, COMPILED, EAGER, Problem
 from tests.cases import BENCH_CASES
 
@@ -189,11 +190,48 @@ def textbook_targets(context: Context) -> Iterator[Target]:
             yield from judge_textbook(result, goals)
 
 
+def _guarded(context: Context, name: str, judging: Callable[[], list[Target]]) -> list[Target]:
+    """Figures that are no rows of the table: what goes wrong with them stands in their place."""
+    if time.monotonic() + JOB_S > context.deadline:
+        return [Target(name, "right numbers", AT_LEAST, 1, None, "the time was over")]
+    context.say(name)
+    try:
+        return judging()
+    except WrongResult as wrong:
+        return [wrong_target(name, wrong)]
+    except Exception as failure:
+        context.failures.append(f"FAILED, not timed: {name}: {in_words(failure)}")
+        return [Target(name, "right numbers", AT_LEAST, 1, None, f"failed: {in_words(failure)}")]
+
+
+def packed_targets(context: Context) -> Iterator[Target]:
+    for batch in cuda_packed.BATCHES:
+
+        def judging(batch: packed.Batch = batch) -> list[Target]:
+            result = packed.measure(batch, context.budget_s, context.say, context.meter.clock)
+            return list(cuda_packed.judge_packed(result))
+
+        yield from _guarded(context, batch.id, judging)
+
+
+def cache_targets(context: Context) -> Iterator[Target]:
+    """With nothing left in L2: a cache is read once for a token."""
+    for job in cuda_packed.DECODING:
+
+        def judging(job: cuda_packed.Decoding = job) -> list[Target]:
+            clock = context.meter.flushed_clock or context.meter.clock
+            return list(cuda_packed.judge_cache(job, cuda_packed.measure_cache(job, context.budget_s, clock)))
+
+        yield from _guarded(context, job.id, judging)
+
+
 # In order of how much each is wanted: a run whose time ends has the first of them.
 GROUPS: dict[str, Callable[[Context], Iterator[Target]]] = {
     "forward": forward_targets,
     "backward": backward_targets,
     "decode": decode_targets,
+    "packed": packed_targets,
+    "cache": cache_targets,
     "flex": flex_targets,
     "features": feature_targets,
     "textbook": textbook_targets,

@@ -83,8 +83,9 @@ class Llama:
     """The model in one dtype, its weights shared by the implementations."""
 
     def __init__(self, dtype: str) -> None:
-        from fastattn.integrations.transformers import register
         from transformers import LlamaConfig, LlamaForCausalLM
+
+        from fastattn.integrations.transformers import register
 
         register()
         torch.manual_seed(0)

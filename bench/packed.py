@@ -1,11 +1,14 @@
 """Sequences of very different lengths, packed: against the same work as a batch of equal lengths, and against padding.
 
 Dense has sequences of one length, as many visible pairs in all: what packing costs. Padded is PyTorch's SDPA on the
-batch (B, H, longest, D) under a mask of the keys that exist, which is what people do without packing.
+batch (B, H, longest, D) under a mask of the keys that exist, which is what people do without packing. On a GPU,
+PyTorch's own kernel for packed sequences is timed as well.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +22,9 @@ import fastattn
 from bench.cases import DTYPES
 from bench.measure import ULPS, WrongResult
 from bench.report import format_ms, format_ratio, text_table, timing_as_dict
-from bench.timing import Runner, Timing, interleave
+from bench.timing import Clock, Runner, Timing, interleave
 
-OURS, DENSE, PADDED = "packed", "dense", "padded SDPA"
+OURS, DENSE, PADDED, FLASH = "packed", "dense", "padded SDPA", "flash varlen"
 STEP = "step"
 
 
@@ -37,6 +40,7 @@ class Batch:
     longest: int = 2048
     H: int = 8
     D: int = 64
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
@@ -93,21 +97,23 @@ def _runner(name: str, batch: Batch, attend: Callable[..., Tensor], tensors: lis
     return Runner(name, lambda: attend(*tensors), torch.inference_mode)
 
 
-def measure(batch: Batch, budget_s: float, say: Callable[[str], None] = lambda _: None) -> Result:
-    lengths, dtype = batch.lengths(), DTYPES[batch.dtype]
+def measure(
+    batch: Batch, budget_s: float, say: Callable[[str], None] = lambda _: None, clock: Clock | None = None
+) -> Result:
+    lengths, dtype, device = batch.lengths(), DTYPES[batch.dtype], batch.device
     B, H, L, D = batch.count, batch.H, batch.longest, batch.D
-    packed = [torch.randn(sum(lengths), H, D).to(dtype) for _ in range(3)]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    padded = [torch.zeros(B, L, H, D, dtype=dtype) for _ in range(3)]
+    packed = [torch.randn(sum(lengths), H, D).to(device, dtype) for _ in range(3)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    padded = [torch.zeros(B, L, H, D, dtype=dtype, device=device) for _ in range(3)]
     for whole, parts in zip(padded, packed, strict=True):
         for b, part in enumerate(parts.split(lengths)):
             whole[b, : lengths[b]] = part
-    exists = torch.arange(L) < torch.tensor(lengths).view(B, 1)
+    exists = (torch.arange(L) < torch.tensor(lengths).view(B, 1)).to(device)
     mask = exists.view(B, 1, 1, L)
     if batch.causal:
-        mask = mask & torch.ones(L, L, dtype=torch.bool).tril()
+        mask = mask & torch.ones(L, L, dtype=torch.bool, device=device).tril()
     length = batch.equal_length()
-    equal = [torch.randn(batch.equal_count, H, length, D).to(dtype) for _ in range(3)]
+    equal = [torch.randn(batch.equal_count, H, length, D).to(device, dtype) for _ in range(3)]
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options: dict[str, Any] = {"max_seqlen_q": L, "max_seqlen_k": L, "causal": batch.causal}
@@ -130,10 +136,29 @@ def measure(batch: Batch, budget_s: float, say: Callable[[str], None] = lambda _
         _runner(DENSE, batch, dense, equal),
         _runner(PADDED, batch, sdpa, heads_first),
     ]
-    timings = interleave(runners, budget_s, on_turn=say)
+    if device == "cuda" and batch.dtype != "float32" and (flash := _torch_varlen()) is not None:
+        window = (-1, 0) if batch.causal else (-1, -1)
+
+        def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flash(q, k, v, cu_seqlens, cu_seqlens, L, L, window_size=window)
+
+        runners.append(_runner(FLASH, batch, theirs, [x.detach().clone() for x in packed]))
+    timings = interleave(
+        runners, budget_s, clock=clock, on_turn=say, on_failure=lambda name, failure: say(f"{name}: {failure}")
+    )
     mine = sum(visible(n, batch.causal) for n in lengths)
     equal_pairs = batch.equal_count * visible(length, batch.causal)
-    return Result(batch, timings, {OURS: mine, DENSE: equal_pairs, PADDED: mine})
+    return Result(batch, timings, {OURS: mine, DENSE: equal_pairs, PADDED: mine, FLASH: mine})
+
+
+def _torch_varlen() -> Any:
+    """PyTorch's function for packed sequences, where it has one with a window."""
+    try:
+        module = importlib.import_module("torch.nn.attention.varlen")
+        known = "window_size" in inspect.signature(module.varlen_attn).parameters
+    except (ImportError, AttributeError):
+        return None
+    return module.varlen_attn if known else None
 
 
 def batches(quick: bool = False) -> list[Batch]:

@@ -41,6 +41,7 @@ from bench import (
 )
 from bench.cases import Job
 from bench.progress import Progress
+from bench.target import Target
 from bench.textbook_peers import ATTENTION, EAGER, Problem
 
 RESULTS = Path(__file__).resolve().parent / "results" / "local"
@@ -365,11 +366,9 @@ class Run:
         self.report_targets(judged, context.rows)
         self.failures += context.failures
 
-    def collect_targets(
-        self, judging: Iterator[targets.Target], rows: list[measure.Row], progress: Progress
-    ) -> list[targets.Target]:
+    def collect_targets(self, judging: Iterator[Target], rows: list[measure.Row], progress: Progress) -> list[Target]:
         """Those that `judging`, which fills `rows` as it goes, has come to when it ends or is stopped."""
-        judged: list[targets.Target] = []
+        judged: list[Target] = []
         self.sections["targets"] = lambda: [targets.target_as_dict(target) for target in judged]
         self.sections["rows"] = lambda: [report.row_as_dict(row) for row in rows]
         with self.until_stopped():
@@ -379,7 +378,7 @@ class Run:
                 self.save()
         return judged
 
-    def report_targets(self, judged: list[targets.Target], rows: list[measure.Row]) -> None:
+    def report_targets(self, judged: list[Target], rows: list[measure.Row]) -> None:
         print(targets.target_table(judged), flush=True)
         self.failures += [
             f"WRONG, not timed: {target.detail}"

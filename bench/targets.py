@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import growth, textbook
+from bench import growth, model_targets, textbook
 from bench import sweep as shapes
 from bench.cases import Job, visible_pairs
 from bench.measure import Row, WrongResult, error_in_bounds, expected_results, measure
@@ -20,32 +20,13 @@ from bench.memory import measure_memory
 from bench.peak import PeakMeter, active_isa
 from bench.peers import BASELINE, OURS, PEERS
 from bench.report import format_ms, text_table
+from bench.target import AT_LEAST, AT_MOST, Target, wrong_target
 from bench.textbook import ADDITIVE, ENCODER, HARD, SUMMARY
 from bench.textbook_peers import ATTENTION, COMPILED, EAGER, TITLES, Problem
 from bench.timing import Runner, interleave
 from tests.cases import Case, bench_case
 
-AT_LEAST, AT_MOST = ">=", "<="
 MEMORY_LENGTH = 16384
-
-
-@dataclass(frozen=True)
-class Target:
-    """Measured is None where this machine or build cannot measure it; `detail` then says why."""
-
-    name: str
-    quantity: str
-    relation: str
-    goal: float
-    measured: float | None
-    detail: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.measured is None:
-            return "not measured"
-        met = self.measured >= self.goal if self.relation == AT_LEAST else self.measured <= self.goal
-        return "met" if met else "MISSED"
 
 
 @dataclass
@@ -63,11 +44,6 @@ class Context:
         row = measure(job, [PEERS[OURS], PEERS[BASELINE]], self.meter, self.budget_s)
         self.rows.append(row)
         return row
-
-
-def wrong_target(name: str, wrong: WrongResult) -> Target:
-    """Wrong numbers are not timed: whatever the goal was, it is missed."""
-    return Target(name, "right numbers", AT_LEAST, 1, 0, str(wrong))
 
 
 # Case, dtype, direction, % of peak, times SDPA; None where there is no such target.
@@ -328,6 +304,9 @@ GROUPS: dict[str, Callable[[Context], Iterator[Target]]] = {
     "overhead": overhead_targets,
     "memory": memory_targets,
     "textbook": textbook_targets,
+    "decode": lambda context: model_targets.decode_targets(context.budget_s, context.say),
+    "packed": lambda context: model_targets.packed_targets(context.budget_s, context.say),
+    "llama": lambda context: model_targets.llama_targets(context.budget_s, context.say),
     "sweep": sweep_targets,
 }
 

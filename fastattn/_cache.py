@@ -527,9 +527,10 @@ class KVCache:
         k_cache, v_cache = storage.k, storage.v
         if not self.is_paged and all(plan.tables[s] == [n] for n, s in enumerate(chosen)):
             # One sequence after the other, as they lie in memory: no table needed.
-            rows = slice(len(chosen))
-            k_cache, v_cache = k_cache[rows], v_cache[rows]
-            cache = {name: None if x is None else x[rows] for name, x in cache.items()}
+            if len(chosen) != self.pages:
+                rows = slice(len(chosen))
+                k_cache, v_cache = k_cache[rows], v_cache[rows]
+                cache = {name: None if x is None else x[rows] for name, x in cache.items()}
         else:
             changes, sequences, table = self._last_table
             if plan.taken or changes != self._changes or sequences != chosen:
@@ -573,13 +574,15 @@ class _Storage:
     def __init__(self, cache: KVCache, pages: int, page_size: int) -> None:
         stored = cache.dtype if cache.quantize is None else torch.int8
         shape = (pages, cache.kv_heads, page_size)
-        self.k = torch.empty((*shape, cache.head_dim), dtype=stored, device=cache.device)
-        self.v = torch.empty((*shape, cache.v_head_dim), dtype=stored, device=cache.device)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
-        if cache.quantize is not None:
-            self.k_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
-            self.v_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
+        # Ordinary tensors: those made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.k = torch.empty((*shape, cache.head_dim), dtype=stored, device=cache.device)
+            self.v = torch.empty((*shape, cache.v_head_dim), dtype=stored, device=cache.device)
+            if cache.quantize is not None:
+                self.k_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
+                self.v_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]

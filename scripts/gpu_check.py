@@ -47,7 +47,7 @@ PARITY_S = 150
 TAIL = 4000  # characters of a step's output that its entry keeps
 LONG_TAIL = 20_000
 SANITIZED_KERNELS = "kernel_entry"  # csrc/cuda/launcher.cuh: PyTorch's own kernels are none of our business
-GPU_TESTS = tuple(f"tests/test_cuda{name}.py" for name in ("", "_torch", "_additive", "_hard", "_summary"))
+GPU_TESTS = tuple(f"tests/test_cuda{name}.py" for name in ("", "_torch", "_packed", "_additive", "_hard", "_summary"))
 # Of tests/test_cuda.py, what has a step of its own.
 HAVE_STEPS = ("test_large", "test_gradients_are_slopes", "test_50_repeats_are_bit_equal")
 # What compiles at run time keeps its results here: there may be no home folder that can be written to.

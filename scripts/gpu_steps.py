@@ -313,18 +313,61 @@ def sanitized_cases() -> list[Any]:
     ]
 
 
+def sanitized_packed() -> list[Any]:
+    """Packed sequences in which every kernel that serves them runs, one of no rows and one of no keys among them."""
+    from tests.packed import PackedCase
+
+    lengths = (5, 70, 0, 33), (9, 64, 12, 0)
+    return [
+        PackedCase(*lengths, {"causal": True, "gqa": 2, "Hkv": 1, "D": 64}),
+        PackedCase(*lengths, {"bias": "1hqk", "sinks": True, "dropout_p": 0.2, "Hkv": 1, "D": 24}),
+        PackedCase((1, 3), (700, 5), {"causal": True, "gqa": 8, "Hkv": 1, "D": 128}),
+    ]
+
+
+def sanitized_caches() -> list[Any]:
+    from tests.kv_cache_calls import CacheCase
+
+    return [
+        CacheCase((0, 13, 90), 5, page_size=7, rotary_dim=8, Hkv=1),
+        CacheCase((90, 400), 1, page_size=64, gqa=4, Hkv=1, D=128),
+        CacheCase((30, 70), 20, page_size=16, int8=True, Hkv=1, window=(40, 0)),
+    ]
+
+
 def run_all_kernels(device: str, dtypes: tuple[str, ...]) -> Reports:
     """For compute-sanitizer to watch."""
+    import fastattn
     from tests.additive import compute_additive, first_of_each_kind, make_additive_inputs
     from tests.cases import make_inputs
     from tests.choices import call_all, sanitized_choices
     from tests.compare import compute
     from tests.gpu import moved, moved_inputs
+    from tests.kv_cache_calls import Call
+    from tests.packed import PackedProblem
+
+    def there(x: Any) -> Any:
+        return moved(x.detach(), torch.device(device)) if isinstance(x, torch.Tensor) else x
 
     done = 0
     for dtype in dtypes:
         for case in sanitized_cases():
             compute(moved_inputs(make_inputs(case, getattr(torch, dtype)), torch.device(device)).require_grad())
+            done += 1
+            yield Report(summary=f"{done} cases")
+        for packed in sanitized_packed():
+            problem = PackedProblem(packed, getattr(torch, dtype))
+            for name in ("q", "k", "v", "d_o", "d_lse"):
+                setattr(problem, name, there(getattr(problem, name)))
+            problem.kwargs = {name: there(x) for name, x in problem.kwargs.items()}
+            first, second = problem.cu_seqlens
+            problem.cu_seqlens = there(first), there(second)
+            problem.compute()
+            done += 1
+            yield Report(summary=f"{done} cases")
+        for cached in sanitized_caches():
+            call = Call(cached, getattr(torch, dtype))
+            fastattn.attention_with_kv_cache(**{name: there(x) for name, x in call.arguments().items()})
             done += 1
             yield Report(summary=f"{done} cases")
         for additive in first_of_each_kind():

@@ -24,6 +24,7 @@ from bench.__main__ import main
 from bench.cases import DTYPES, Job, count_bytes, count_flop, default_jobs, full_jobs, interval_mask, visible_pairs
 from bench.memory import measure_memory
 from bench.peak import PeakMeter
+from bench.target import AT_LEAST, AT_MOST, Target
 from fastattn import reference
 from tests.cases import BENCH_CASES, Case, Inputs, bench_case
 
@@ -318,10 +319,10 @@ def test_sweep_ends_in_time_and_measures_bad_points_twice(monkeypatch: pytest.Mo
 
 
 def test_target_verdicts() -> None:
-    at_least = targets.Target("a", "x SDPA", targets.AT_LEAST, 2.0, 2.5)
+    at_least = Target("a", "x SDPA", AT_LEAST, 2.0, 2.5)
     assert at_least.verdict == "met"
     assert replace(at_least, measured=1.9).verdict == "MISSED"
-    assert replace(at_least, relation=targets.AT_MOST).verdict == "MISSED"
+    assert replace(at_least, relation=AT_MOST).verdict == "MISSED"
     assert replace(at_least, measured=None).verdict == "not measured"
     table = targets.target_table([at_least, replace(at_least, measured=1.9), replace(at_least, measured=None)])
     assert "1 of 3 targets met, 1 missed, 1 not measured" in table

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench import cases, cuda, cuda_targets, machine, measure, peers, report, targets, timing
+from bench import cases, cuda, cuda_packed, cuda_targets, machine, measure, peers, report, targets, timing
 from bench.__main__ import main
 from bench.cases import Job, count_bytes, count_flop, visible_pairs
 from fastattn import reference
@@ -420,7 +420,7 @@ def test_a_cpu_has_no_flushed_times() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("group", [group for group in cuda_targets.GROUPS if group != "textbook"])
+@pytest.mark.parametrize("group", [x for x in cuda_targets.GROUPS if x not in ("textbook", "packed", "cache")])
 def test_targets(group: str) -> None:
     context = make_context()
     judged = list(cuda_targets.run_targets(context, [group]))
@@ -444,6 +444,29 @@ def test_targets(group: str) -> None:
     else:
         assert {target.quantity for target in judged} == {"x SDPA"}
         assert {target.goal for target in judged} == {2.0 if group == "features" else 1.0}
+
+
+def test_packed_and_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure is measured, and a wrong result is not timed."""
+    for name in ("BATCHES", "DECODING"):
+        monkeypatch.setattr(cuda_packed, name, list(getattr(cuda_packed, name)))
+    assert {batch.device for batch in cuda_packed.BATCHES} == {job.device for job in cuda_packed.DECODING} == {"cuda"}
+    cuda_packed.on_cpu()
+    context = make_context()
+    judged = list(cuda_targets.run_targets(context, ["packed", "cache"]))
+    assert not context.failures
+    assert [target.quantity for target in judged] == [
+        "of the dense rate", "x padded SDPA", *(f"{name}: x contiguous" for name in cuda_packed.GOALS)
+    ]  # fmt: skip
+    assert all(target.measured is not None and target.measured > 0 for target in judged)
+    assert "sdpa " in judged[-1].detail
+
+    def wrong(*_: Any, **__: Any) -> Any:
+        raise measure.WrongResult("off")
+
+    monkeypatch.setattr(cuda_packed, "measure_cache", wrong)
+    (target,) = cuda_targets.run_targets(context, ["cache"])
+    assert target.quantity == "right numbers"
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -21,6 +21,7 @@ import fastattn
 from bench import cases, cuda_targets, growth, measure, run, targets, textbook, textbook_peers, timing
 from bench.__main__ import main
 from bench.peak import PeakMeter
+from bench.target import Target
 from bench.textbook_peers import ATTENTION, COMPILED, EAGER, FAMILIES, KERAS, Problem
 
 from .test_bench_cuda import make_context
@@ -402,7 +403,7 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_number_is_a_missed_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "TEXTBOOK", TINY_TARGETS)
-    monkeypatch.setattr(targets, "length_target", lambda context: targets.Target("l", "x", ">=", 1, None))
+    monkeypatch.setattr(targets, "length_target", lambda context: Target("l", "x", ">=", 1, None))
     with_candidate(monkeypatch, OURS, 2.0, fail)
     context = targets.Context(PeakMeter(1), 0.005, 1.0, lambda step: None)
     additive, hard, encoder, _ = targets.run_targets(context, ["textbook"])

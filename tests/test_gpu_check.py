@@ -420,6 +420,9 @@ def test_compute_sanitizer_sees_every_kernel(dtype: torch.dtype, multiprocessors
     from .emulated import compute_emulated
     from .emulated_additive import compute_emulated_additive
     from .emulated_choices import compute_hard, compute_summary
+    from .emulated_packed import compute_emulated_cache, compute_emulated_packed
+    from .kv_cache_calls import Call
+    from .packed import PackedProblem
 
     launched = {"dropout_mask"}  # by an operator of its own
     runs = [compute_emulated(make_inputs(case, dtype), multiprocessors=multiprocessors)
@@ -428,6 +431,10 @@ def test_compute_sanitizer_sees_every_kernel(dtype: torch.dtype, multiprocessors
     for case in sanitized_choices():
         inputs = make_inputs(case, dtype)
         runs += [compute_hard(inputs, multiprocessors=multiprocessors), compute_summary(inputs)]
+    runs += [compute_emulated_packed(PackedProblem(case, dtype), multiprocessors=multiprocessors)
+             for case in gpu_steps.sanitized_packed()]  # fmt: skip
+    for cached in gpu_steps.sanitized_caches():
+        launched |= set(compute_emulated_cache(Call(cached, dtype), multiprocessors=multiprocessors)[1])
     for _, ran in runs:
         launched |= {name for run in ran.values() for name in run["kernels"]}
     launched.add("zero_rows")  # where a gradient is absent

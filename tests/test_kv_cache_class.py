@@ -189,6 +189,19 @@ def test_its_tensors_go_to_the_function() -> None:
     assert torch.equal(by_hand, cache.attend(q))
 
 
+def test_a_cache_made_in_inference_mode_lives_on_outside_of_it() -> None:
+    """Growing, copying a shared page and appending, in either mode."""
+    with torch.inference_mode():
+        cache = fastattn.KVCache(1, Hkv, D, page_size=4)
+        cache.append(*(torch.randn(1, Hkv, 6, D) for _ in range(2)))
+    forked = cache.fork(0)
+    cache.append(*(torch.randn(2, Hkv, 9, D) for _ in range(2)))
+    with torch.inference_mode():
+        cache.append(*(torch.randn(2, Hkv, 9, D) for _ in range(2)))
+    assert cache.lengths == [24, 24]
+    assert torch.equal(cache.keys(0)[:, :6], cache.keys(forked)[:, :6])
+
+
 def test_views_without_pages_are_no_copies() -> None:
     cache = fastattn.KVCache(1, Hkv, D)
     cache.append(*(torch.randn(1, Hkv, 5, D) for _ in range(2)))

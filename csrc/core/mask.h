@@ -31,19 +31,24 @@ FASTATTN_FN int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_FN int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTATTN_FN int64_t clamp_i64(int64_t x, int64_t lo, int64_t hi) { return max_i64(lo, min_i64(x, hi)); }
 
-// The geometry of sequence b. Windows are limited to Lq + Lk, beyond which nothing changes, so that no sum overflows.
-// kv_lengths[b] is clamped: on a GPU nobody can check it without waiting for the device, and it must not lead a kernel
-// out of the tensors.
-FASTATTN_FN MaskGeometry mask_geometry(const AttentionParams& p, int64_t b) {
+// The geometry of a sequence of Lq rows and Lk keys, neither more than p has. Windows are limited to p.Lq + p.Lk, beyond
+// which nothing changes, so that no sum overflows.
+FASTATTN_FN MaskGeometry mask_geometry(const AttentionParams& p, int64_t Lq, int64_t Lk) {
   MaskGeometry g;
-  g.Lq = p.Lq;
-  g.Lk = p.kv_lengths ? clamp_i64(p.kv_lengths[b], 0, p.Lk) : p.Lk;
+  g.Lq = Lq;
+  g.Lk = Lk;
   g.offset = p.causal == Causal::kTopLeft ? 0 : g.Lk - g.Lq;
   const int64_t unlimited = p.Lq + p.Lk;
   g.left = p.window_left == kUnlimited ? unlimited : min_i64(p.window_left, unlimited);
   g.right = p.window_right == kUnlimited ? unlimited : min_i64(p.window_right, unlimited);
   if (p.causal != Causal::kNone) g.right = 0;
   return g;
+}
+
+// The geometry of sequence b. kv_lengths[b] is clamped: on a GPU nobody can check it without waiting for the device,
+// and it must not lead a kernel out of the tensors.
+FASTATTN_FN MaskGeometry mask_geometry(const AttentionParams& p, int64_t b) {
+  return mask_geometry(p, p.Lq, p.kv_lengths ? clamp_i64(p.kv_lengths[b], 0, p.Lk) : p.Lk);
 }
 
 // First visible key of row i, and one past the last; lo >= hi means that the row sees nothing.

@@ -29,8 +29,8 @@ struct AttentionParams {
   const void* v = nullptr;                                       // [B, Hkv, Lk, Dv]
   int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // batch, head, row
 
-  // Packed sequences: the rows of q and o are those of all sequences one after the other, [packed_rows, Hq, D], and those
-  // of k and v too. Sequence b has the rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) and the keys [cu_seqlens_k[b],
+  // Packed sequences: the rows of q and o are those of all sequences one after the other, [packed_rows, Hq, D], and
+  // those of k and v too. Sequence b has the rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) and the keys [cu_seqlens_k[b],
   // cu_seqlens_k[b + 1]); Lq and Lk are what the longest may have, and batch strides of q, k, v, o and their gradients
   // mean nothing. Rows of no sequence count as rows that see no key. Null: B sequences of Lq rows and Lk keys.
   const int32_t* cu_seqlens_q = nullptr;  // [B + 1], both or none
@@ -81,8 +81,9 @@ struct AttentionParams {
   const int64_t* rng_state = nullptr;
 
   // Results. lse, row_max and row_sum are contiguous [B, Hq, Lq], or of packed sequences [Hq, packed_rows], in the
-  // accumulator type; a null pointer is not written. row_max and row_sum stay apart because lse = row_max + log(row_sum) loses log(row_sum) once row_max is as
-  // large as a finite mask value, and the backward pass would then be wrong by a factor of up to Lk.
+  // accumulator type; a null pointer is not written. row_max and row_sum stay apart because lse = row_max +
+  // log(row_sum) loses log(row_sum) once row_max is as large as a finite mask value, and the backward pass would then be
+  // wrong by a factor of up to Lk.
   void* o = nullptr;  // [B, Hq, Lq, Dv]
   int64_t o_stride[3] = {};
   void* lse = nullptr;

@@ -24,8 +24,8 @@ struct PackedSequence {
   int64_t first_key = 0, keys = 0;
 };
 
-// Sequence b. On a GPU nobody can check cu_seqlens without waiting for the device: there, what leads out of the tensors,
-// or says more than Lq rows or Lk keys, counts as the nearest that does not.
+// Sequence b. On a GPU nobody can check cu_seqlens without waiting for the device: there, what leads out of the
+// tensors, or says more than Lq rows or Lk keys, counts as the nearest that does not.
 FASTATTN_FN PackedSequence packed_sequence(const AttentionParams& p, int64_t b) {
   PackedSequence s;
   s.first_row = clamp_i64(p.cu_seqlens_q[b], 0, p.packed_rows);

@@ -1,4 +1,7 @@
 // The kernel table of one instruction set. Included last by every isa_<isa>.cpp.
+//
+// A level that adds little to another one is compiled for that little alone, and hands the rest on: it defines
+// FASTATTN_REST as the other level. The level with bfloat16 dot products has kernels for bfloat16 and no others.
 #pragma once
 
 #include "cpu/backward.h"
@@ -15,17 +18,19 @@ namespace {
 // Calls f.operator()<Operands>() with the operands that serve the call. Additive scores are float arithmetic.
 template <class F>
 FASTATTN_FN auto with_operands(const AttentionParams& p, const F& f) {
+#if FASTATTN_BF16_DOT
+  (void)p;
+  return f.template operator()<Bf16Operands>();
+#else
   switch (p.dtype) {
     case DType::kBFloat16:
-#if FASTATTN_BF16_DOT
-      if (p.w == nullptr) return f.template operator()<Bf16Operands>();
-#endif
       return f.template operator()<FloatOperands<BFloat16>>();
     case DType::kFloat16:
       return f.template operator()<FloatOperands<Float16>>();
     default:
       return f.template operator()<FloatOperands<Float32>>();
   }
+#endif
 }
 
 size_t forward_scratch_bytes(const AttentionParams& p) {
@@ -48,24 +53,20 @@ size_t decode_scratch_bytes(const AttentionParams& p) {
 
 void decode_item(const AttentionParams& p, const DecodeItem& item, void* scratch) {
   char* memory = static_cast<char*>(scratch);
-  if (p.k_scale != nullptr) {
 #if FASTATTN_BF16_DOT
-    if (p.dtype == DType::kBFloat16) return decode_item_as<Int8Keys>(p, item, memory);
-#endif
-    return decode_item_as<FloatKeys<Int8>>(p, item, memory);
-  }
+  if (p.k_scale != nullptr) return decode_item_as<Int8Keys>(p, item, memory);
+  decode_item_as<Bf16Keys>(p, item, memory);
+#else
+  if (p.k_scale != nullptr) return decode_item_as<FloatKeys<Int8>>(p, item, memory);
   switch (p.dtype) {
     case DType::kBFloat16:
-#if FASTATTN_BF16_DOT
-      return decode_item_as<Bf16Keys>(p, item, memory);
-#else
       return decode_item_as<FloatKeys<BFloat16>>(p, item, memory);
-#endif
     case DType::kFloat16:
       return decode_item_as<FloatKeys<Float16>>(p, item, memory);
     default:
       return decode_item_as<FloatKeys<Float32>>(p, item, memory);
   }
+#endif
 }
 
 size_t backward_scratch_bytes(const AttentionGradParams& gp, int64_t chunk_keys, bool dq_in_scratch, bool is_hard) {
@@ -133,6 +134,9 @@ size_t append_scratch_bytes(const CacheAppendParams& p) {
 
 void append_item(const CacheAppendParams& p, const AppendItem& item, void* scratch) {
   char* memory = static_cast<char*>(scratch);
+#if FASTATTN_BF16_DOT
+  append_item_as<BFloat16>(p, item, memory);
+#else
   switch (p.dtype) {
     case DType::kBFloat16:
       return append_item_as<BFloat16>(p, item, memory);
@@ -141,6 +145,7 @@ void append_item(const CacheAppendParams& p, const AppendItem& item, void* scrat
     default:
       return append_item_as<Float32>(p, item, memory);
   }
+#endif
 }
 
 // Independent chains of multiply-adds, as many as the register file holds beside their operands: the peak that the
@@ -163,35 +168,63 @@ double multiply_adds_as(int64_t rounds, double flop_per_lane, float* sink) {
   *sink = vreduce_add(sum);
   return flop_per_lane * kLanes * kChains * static_cast<double>(rounds);
 }
-double multiply_adds(DType dtype, int64_t rounds, float* sink) {
+double multiply_adds(DType, int64_t rounds, float* sink) {
 #if FASTATTN_BF16_DOT
-  if (dtype == DType::kBFloat16) return multiply_adds_as<Bf16Pair>(rounds, 4.0, sink);
-#endif
-  (void)dtype;
+  return multiply_adds_as<Bf16Pair>(rounds, 4.0, sink);
+#else
   return multiply_adds_as<Float32Unit>(rounds, 2.0, sink);
+#endif
 }
+
+// What the table has for kOther: this level's kMine or, for the calls that it has no kernels for, the other level's.
+template <auto kOther, auto kMine>
+struct Chosen;
+#ifdef FASTATTN_REST
+FASTATTN_FN bool adds_to(DType dtype) { return dtype == DType::kBFloat16; }
+FASTATTN_FN bool adds_to(const AttentionParams& p) { return adds_to(p.dtype) && p.w == nullptr; }
+FASTATTN_FN bool adds_to(const AttentionGradParams& gp) { return adds_to(gp.forward); }
+FASTATTN_FN bool adds_to(const HardAttentionParams& hp) { return adds_to(hp.attention); }
+FASTATTN_FN bool adds_to(const SummaryParams& sp) { return adds_to(sp.attention); }
+FASTATTN_FN bool adds_to(const CacheAppendParams& p) { return adds_to(p.dtype); }
+
+template <class Result, class First, class... Others, Result (*KernelTable::*kOther)(First, Others...),
+          Result (*kMine)(First, Others...)>
+struct Chosen<kOther, kMine> {
+  static Result call(First first, Others... others) {
+    return adds_to(first) ? kMine(first, others...) : (FASTATTN_REST::kernels.*kOther)(first, others...);
+  }
+  static constexpr auto function = call;
+};
+#else
+template <class Function, Function* KernelTable::* kOther, Function* kMine>
+struct Chosen<kOther, kMine> {
+  static constexpr auto function = kMine;
+};
+#endif
+template <auto kOther, auto kMine>
+constexpr auto chosen = Chosen<kOther, kMine>::function;
 
 }  // namespace
 
 const KernelTable kernels = {
-    forward_scratch_bytes,
-    forward_item,
-    decode_scratch_bytes,
-    decode_item,
-    merge_rows,
-    backward_scratch_bytes,
-    backward_task,
-    reduce_dq,
-    hard_scratch_bytes,
-    hard_item,
-    summary_scratch_bytes,
-    summary_item,
-    key_mass_scratch_bytes,
-    key_mass_item,
-    append_scratch_bytes,
-    append_item,
+    chosen<&KernelTable::forward_scratch_bytes, forward_scratch_bytes>,
+    chosen<&KernelTable::forward_item, forward_item>,
+    chosen<&KernelTable::decode_scratch_bytes, decode_scratch_bytes>,
+    chosen<&KernelTable::decode_item, decode_item>,
+    chosen<&KernelTable::merge_rows, merge_rows>,
+    chosen<&KernelTable::backward_scratch_bytes, backward_scratch_bytes>,
+    chosen<&KernelTable::backward_task, backward_task>,
+    chosen<&KernelTable::reduce_dq, reduce_dq>,
+    chosen<&KernelTable::hard_scratch_bytes, hard_scratch_bytes>,
+    chosen<&KernelTable::hard_item, hard_item>,
+    chosen<&KernelTable::summary_scratch_bytes, summary_scratch_bytes>,
+    chosen<&KernelTable::summary_item, summary_item>,
+    chosen<&KernelTable::key_mass_scratch_bytes, key_mass_scratch_bytes>,
+    chosen<&KernelTable::key_mass_item, key_mass_item>,
+    chosen<&KernelTable::append_scratch_bytes, append_scratch_bytes>,
+    chosen<&KernelTable::append_item, append_item>,
     2 * kLanes,
-    multiply_adds,
+    chosen<&KernelTable::multiply_adds, multiply_adds>,
 };
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

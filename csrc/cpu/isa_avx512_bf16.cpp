@@ -4,6 +4,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")
 #define FASTATTN_ISA avx512_bf16
 #define FASTATTN_BF16_DOT 1
+#define FASTATTN_REST avx512
 
 #include "cpu/simd/avx512.h"
 

@@ -166,9 +166,9 @@ void plain_forward_f64(const AttentionParams& params, const Parallel& parallel) 
 
 namespace {
 
-// The gradients of one problem; adds to d_bias, d_sinks and dw. One task owns the heads that add into the same elements:
-// the group of query heads of a KV head, and all the batches or all the heads as well where the bias is broadcast over
-// them. A sum's order is then the program's, not the threads'.
+// The gradients of one problem; adds to d_bias, d_sinks and dw. One task owns the heads that add into the same
+// elements: the group of query heads of a KV head, and all the batches or all the heads as well where the bias is
+// broadcast over them. A sum's order is then the program's, not the threads'.
 void add_gradients(const AttentionGradParams& params, const Parallel& parallel) {
   const AttentionParams& p = params.forward;
   const int64_t group = p.Hkv == 0 ? 0 : p.Hq / p.Hkv;

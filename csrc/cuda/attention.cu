@@ -93,6 +93,11 @@ void attention_backward(const AttentionGradParams& params, const DevicePropertie
   run_backward(launcher, params, device, workspace);
 }
 
+void append_to_cache(const CacheAppendParams& params, Stream stream) {
+  CudaLauncher launcher = launcher_on(stream);
+  run_append(launcher, params);
+}
+
 void dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p,
                   Stream stream) {
   CudaLauncher launcher = launcher_on(stream);

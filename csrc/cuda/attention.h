@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/cache.h"
 #include "core/params.h"
 
 namespace fastattn::cuda {
@@ -49,6 +50,9 @@ void hard_attention_forward(const HardAttentionParams& params, const DevicePrope
 void hard_attention_backward(const HardAttentionGradParams& params, const DeviceProperties& device, void* workspace,
                              Stream stream);
 void attention_summary(const SummaryParams& params, const DeviceProperties& device, void* workspace, Stream stream);
+
+// Writes what core/cache.h says, in place. Needs no scratch memory.
+void append_to_cache(const CacheAppendParams& params, Stream stream);
 
 // keep: [B, H, Lq, Lk], contiguous, 1 = kept. rng_state: see AttentionParams.
 void dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p,

@@ -70,8 +70,9 @@ struct BackwardBiasKernel {
       }
       const int b = static_cast<int>(at[0]), h = static_cast<int>(at[1]);
       const int i0 = static_cast<int>(at[2]) * kBlockM, j0 = static_cast<int>(at[3]) * kBlockN;
-      const int rows = a.Lq - i0 < kBlockM ? static_cast<int>(a.Lq) - i0 : kBlockM;
-      const MaskGeometry geometry = mask_geometry(a, b);
+      const MaskGeometry geometry = sequence_geometry(a, b);
+      const int rows = geometry.Lq - i0 < kBlockM ? static_cast<int>(geometry.Lq) - i0 : kBlockM;
+      if (rows <= 0) continue;  // a sequence shorter than the longest of those that are packed
       if (classify_tile(geometry, i0, i0 + rows, j0, j0 + kBlockN) == TileKind::kSkip) continue;
 
       sync_block();  // the tiles of the step before have been used by all
@@ -84,7 +85,7 @@ struct BackwardBiasKernel {
       gemm_nt<TileQ, TileKV>(s, a_fragment_address<TileQ>(q_tile, warp_row()), b_fragment_address<TileKV>(k_tile));
       set_zero(dp);
       gemm_nt<TileQ, TileKV>(dp, a_fragment_address<TileQ>(d_o_tile, warp_row()), b_fragment_address<TileKV>(v_tile));
-      add_gradients(sum, s, dp, p.backward, geometry, b, h, i0 + warp_row() + (lane_index() >> 2), j0);
+      add_gradients(sum, s, dp, p.backward, b, h, i0 + warp_row() + (lane_index() >> 2), j0);
     }
     write(sum, p, tile, chunk);
   }
@@ -101,26 +102,28 @@ struct BackwardBiasKernel {
     const auto d_o_rows = RowPointer<kBytes>::make(p.grad.d_o, p.grad.d_o_stride, b, h);
     const auto k_rows = RowPointer<kBytes>::make(a.k, a.k_stride, b, hkv);
     const auto v_rows = RowPointer<kBytes>::make(a.v, a.v_stride, b, hkv);
-    load_tile<TileQ, kThreads>(q_tile, q_rows.at(i0), q_rows.row_bytes, rows, D, p.is_aligned_q);
-    load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(i0), d_o_rows.row_bytes, rows, Dv, p.is_aligned_d_o);
-    load_tile<TileKV, kThreads>(k_tile, k_rows.at(j0), k_rows.row_bytes, keys, D, p.is_aligned_k);
-    load_tile<TileKV, kThreads>(v_tile, v_rows.at(j0), v_rows.row_bytes, keys, Dv, p.is_aligned_v);
+    const PackedSequence own = sequence_rows(a, b);
+    const int64_t row = own.first_row + i0, key = own.first_key + j0;
+    load_tile<TileQ, kThreads>(q_tile, q_rows.at(row), q_rows.row_bytes, rows, D, p.is_aligned_q);
+    load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(row), d_o_rows.row_bytes, rows, Dv, p.is_aligned_d_o);
+    load_tile<TileKV, kThreads>(k_tile, k_rows.at(key), k_rows.row_bytes, keys, D, p.is_aligned_k);
+    load_tile<TileKV, kThreads>(v_tile, v_rows.at(key), v_rows.row_bytes, keys, Dv, p.is_aligned_v);
     cp_async_commit();
   }
 
   FASTATTN_DEVICE void add_gradients(float (&sum)[kM][kN][4], float (&s)[kM][kN][4], float (&dp)[kM][kN][4],
-                                     const BackwardParams& p, const MaskGeometry& geometry, int b, int h, int first_row,
-                                     int j0) {
+                                     const BackwardParams& p, int b, int h, int first_row, int j0) {
     const AttentionParams& a = p.grad.forward;
+    const Intervals geometry = intervals(a, b);
     const DropoutSeed seed = dropout_seed(a);
-    const int64_t bh = static_cast<int64_t>(b) * a.Hq + h;
+    const int64_t bh = dropout_head(a, b, h);
+    const F32x4* const all_stats = p.row_stats + p.stats.at(b, h, sequence_rows(a, b).first_row);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       const int row[2] = {first_row + 16 * m, first_row + 16 * m + 8};
       const RowInterval seen[2] = {row_interval(geometry, row[0]), row_interval(geometry, row[1])};
-      const F32x4* const all_stats = p.row_stats + bh * a.Lq;
-      const RowStatistics stats[2] = {load_statistics(all_stats, row[0], a.Lq),
-                                      load_statistics(all_stats, row[1], a.Lq)};
+      const RowStatistics stats[2] = {load_statistics(all_stats, row[0], geometry.rows),
+                                      load_statistics(all_stats, row[1], geometry.rows)};
 #pragma unroll
       for (int tile = 0; tile < kN; ++tile) {
         const uint32_t kept = p.constants.has_dropout ? dropout_bits(seed, p.constants.dropout_threshold, bh, bh,
@@ -129,7 +132,7 @@ struct BackwardBiasKernel {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int i = row[e / 2], j = j0 + 8 * tile + 2 * (lane_index() & 3) + e % 2;
-          if (i < a.Lq && j >= seen[e / 2].lo && j < seen[e / 2].hi) {
+          if (i < geometry.rows && j >= seen[e / 2].lo && j < seen[e / 2].hi) {
             sum[m][tile][e] += differentiate_modified(s[m][tile][e], dp[m][tile][e], stats[e / 2], kept >> e & 1u, p,
                                                       geometry, b, h, i, j);
           }

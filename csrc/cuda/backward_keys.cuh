@@ -48,7 +48,9 @@ struct BackwardKeysKernel {
     const int b = start.b, hkv = start.hkv, j0 = start.j0, first_byte = start.column * kBytes;
     const int group = static_cast<int>(a.Hq / a.Hkv);
 
-    const MaskGeometry geometry = mask_geometry(a, b);
+    if (start.keys <= 0) return;  // a sequence shorter than the longest of those that are packed
+
+    const MaskGeometry geometry = sequence_geometry(a, b);
     const int Lk = static_cast<int>(geometry.Lk);
     const int j1 = j0 + kBlockN < Lk ? j0 + kBlockN : Lk;
     TileRange range = {};
@@ -63,16 +65,21 @@ struct BackwardKeysKernel {
 
     const SharedAddress k_tile = shared_base(), v_tile = k_tile + TileKV::kBytes;
     const SharedAddress stages = k_tile + (kWantsDk ? 2 : 1) * TileKV::kBytes;
+    // With modifiers not even this one number has a register throughout the loop.
+    const auto sequence = [&] { return kModified ? coordinates(p).b : b; };
     const auto load_rows = [&](int step) {
       const SharedAddress q_tile = stages + step % kStages * kStageBytes, d_o_tile = q_tile + TileQ::kBytes;
       const int h = hkv * group + step / tiles, i0 = (m_begin + step % tiles) * kBlockM;
-      const int rows = static_cast<int>(a.Lq) - i0;
+      const int b = sequence();
+      const PackedSequence own = sequence_rows(a, b);
+      const int rows = static_cast<int>(own.rows) - i0;
       const auto q_rows = RowPointer<kBytes>::make(a.q, a.q_stride, b, h);
       const auto d_o_rows = RowPointer<kBytes>::make(p.grad.d_o, p.grad.d_o_stride, b, h);
-      load_tile<TileQ, kThreads>(q_tile, q_rows.at(i0), q_rows.row_bytes, rows, static_cast<int>(a.D), p.is_aligned_q);
-      load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(i0), d_o_rows.row_bytes, rows, static_cast<int>(a.Dv),
-                                 p.is_aligned_d_o);
-      const F32x4* stats = p.row_stats + (static_cast<int64_t>(b) * a.Hq + h) * a.Lq;
+      load_tile<TileQ, kThreads>(q_tile, q_rows.at(own.first_row + i0), q_rows.row_bytes, rows, static_cast<int>(a.D),
+                                 p.is_aligned_q);
+      load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(own.first_row + i0), d_o_rows.row_bytes, rows,
+                                 static_cast<int>(a.Dv), p.is_aligned_d_o);
+      const F32x4* stats = p.row_stats + p.stats.at(b, h, own.first_row);
       for (int row = thread_index(); row < kBlockM; row += kThreads) {
         const bool exists = row < rows;
         cp_async_16(d_o_tile + TileQ::kBytes + row * 16, stats + (exists ? i0 + row : 0), exists ? 16 : 0);
@@ -84,12 +91,13 @@ struct BackwardKeysKernel {
     set_zero(dk);
     set_zero(dv);
     if (steps > 0) {
+      const int64_t first_key = sequence_rows(a, b).first_key + j0;
       const auto k_rows = RowPointer<kBytes>::make(a.k, a.k_stride, b, hkv);
-      load_tile<TileKV, kThreads>(k_tile, k_rows.at(j0), k_rows.row_bytes, Lk - j0, static_cast<int>(a.D),
+      load_tile<TileKV, kThreads>(k_tile, k_rows.at(first_key), k_rows.row_bytes, Lk - j0, static_cast<int>(a.D),
                                   p.is_aligned_k);
       if constexpr (kWantsDk) {
         const auto v_rows = RowPointer<kBytes>::make(a.v, a.v_stride, b, hkv);
-        load_tile<TileKV, kThreads>(v_tile, v_rows.at(j0), v_rows.row_bytes, Lk - j0, static_cast<int>(a.Dv),
+        load_tile<TileKV, kThreads>(v_tile, v_rows.at(first_key), v_rows.row_bytes, Lk - j0, static_cast<int>(a.Dv),
                                     p.is_aligned_v);
       }
       load_rows(0);
@@ -115,7 +123,7 @@ struct BackwardKeysKernel {
 
       const int h = hkv * group + step / tiles, i0 = (m_begin + step % tiles) * kBlockM;
       if constexpr (kModified) {
-        differentiate(s, dp, p, stats, b, h, i0, j0 + warp_row());
+        differentiate(s, dp, p, stats, sequence(), h, i0, j0 + warp_row());
         reconverge();
       } else {
         if (i0 < full_begin || i0 + kBlockM > full_end) hide(s, p, b, i0, j0 + warp_row());
@@ -145,11 +153,11 @@ struct BackwardKeysKernel {
     // By way of the warp's own rows of k's and v's tiles, which only this warp has read.
     const Coordinates at = coordinates(p);
     if constexpr (kWantsDk) {
-      write(dk, p, at, p.constants.scale, k_tile, p.grad.dk, p.grad.dk_stride, p.is_aligned_dk, static_cast<int>(a.D));
+      write(dk, at, p.constants.scale, k_tile, p.grad.dk, p.grad.dk_stride, p.is_aligned_dk, static_cast<int>(a.D));
     }
     if constexpr (kWantsDv) {
       const float factor = kModified ? p.constants.keep_scale : 1.0f;
-      write(dv, p, at, factor, kWantsDk ? v_tile : k_tile, p.grad.dv, p.grad.dv_stride, p.is_aligned_dv,
+      write(dv, at, factor, kWantsDk ? v_tile : k_tile, p.grad.dv, p.grad.dv_stride, p.is_aligned_dv,
             static_cast<int>(a.Dv));
     }
   }
@@ -157,12 +165,16 @@ struct BackwardKeysKernel {
   // Where a CTA works. Computed again at the end: kept from the start, it would take registers all the way.
   struct Coordinates {
     int b, hkv, j0, column;
+    int keys;           // from j0 on, whose gradients are to be written; hidden ones too
+    int64_t first_key;  // j0 among the keys of all sequences
   };
   FASTATTN_DEVICE Coordinates coordinates(const Params& p) {
     const int Hkv = static_cast<int>(p.grad.forward.Hkv);
     const int cta = static_cast<int>(opaque(static_cast<uint32_t>(block_index())));
     const int block = cta / kParts, bh = block / p.key_blocks;
-    return {bh / Hkv, bh % Hkv, block % p.key_blocks * kBlockN, cta % kParts * kColumns};
+    const int b = bh / Hkv, j0 = block % p.key_blocks * kBlockN;
+    const PackedSequence own = sequence_rows(p.grad.forward, b);
+    return {b, bh % Hkv, j0, cta % kParts * kColumns, static_cast<int>(own.keys) - j0, own.first_key + j0};
   }
 
   FASTATTN_DEVICE int warp_row() { return warp_index() * 16 * kM; }  // of the tile's keys, the first of this warp's
@@ -172,7 +184,7 @@ struct BackwardKeysKernel {
   }
 
   FASTATTN_DEVICE void hide(float (&s)[kM][kN][4], const Params& p, int b, int i0, int first_key) {
-    const MaskGeometry geometry = geometry_again(p.grad.forward, b);
+    const Intervals geometry = intervals(p.grad.forward, b);
     const int lane = lane_index();
 #pragma unroll
     for (int tile = 0; tile < kN; ++tile) {
@@ -195,7 +207,7 @@ struct BackwardKeysKernel {
                                      SharedAddress stats, int b, int h, int i0, int first_key) {
     const int lane = lane_index();
     const AttentionParams& a = p.grad.forward;
-    const MaskGeometry geometry = geometry_again(a, b);
+    const Intervals geometry = intervals(a, b);
     const DropoutSeed seed = dropout_seed(a);
 #pragma unroll
     for (int tile = 0; tile < kN; ++tile) {
@@ -203,7 +215,7 @@ struct BackwardKeysKernel {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         kept[m] = p.constants.has_dropout
-                      ? dropout_bits_transposed(seed, p.constants.dropout_threshold, static_cast<int64_t>(b) * a.Hq + h,
+                      ? dropout_bits_transposed(seed, p.constants.dropout_threshold, dropout_head(a, b, h),
                                                 i0 + 8 * tile, first_key + 16 * m)
                       : 15u;
       }
@@ -218,7 +230,8 @@ struct BackwardKeysKernel {
           for (int half = 0; half < 2; ++half) {
             const int j = first_key + 16 * m + (lane >> 2) + 8 * half;
             float &x = s[m][tile][2 * half + e], &y = dp[m][tile][2 * half + e];
-            if (i >= a.Lq || j < seen.lo || j >= seen.hi) {
+            // 1 / l = 0: a row that does not exist, or sees nothing. Its number would take a register, and spill.
+            if (row.inverse_l == 0.0f || j < seen.lo || j >= seen.hi) {
               x = y = 0.0f;
             } else {
               differentiate_modified(x, y, row, kept[m] >> (2 * half + e) & 1u, p, geometry, b, h, i, j);
@@ -229,9 +242,8 @@ struct BackwardKeysKernel {
     }
   }
 
-  FASTATTN_DEVICE void write(float (&acc)[kM][kD][4], const Params& p, const Coordinates& at, float factor,
-                             SharedAddress staging, void* tensor, const int64_t (&stride)[3], bool is_aligned,
-                             int dim) {
+  FASTATTN_DEVICE void write(float (&acc)[kM][kD][4], const Coordinates& at, float factor, SharedAddress staging,
+                             void* tensor, const int64_t (&stride)[3], bool is_aligned, int dim) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -240,15 +252,14 @@ struct BackwardKeysKernel {
         for (int e = 0; e < 4; ++e) acc[m][tile][e] *= factor;
       }
     }
-    char* const out =
-        static_cast<char*>(tensor) + (at.b * stride[0] + at.hkv * stride[1] + at.j0 * stride[2] + at.column) * kBytes;
-    const int keys = static_cast<int>(p.grad.forward.Lk) - at.j0;
+    char* const out = static_cast<char*>(tensor) +
+                      (at.b * stride[0] + at.hkv * stride[1] + at.first_key * stride[2] + at.column) * kBytes;
     sync_warp();
     store_accumulators<TileKV>(acc, staging, warp_row());
     sync_warp();
     const auto out_row = [&](int row) { return out + row * stride[2] * kBytes; };
     const int columns = dim - at.column < kColumns ? dim - at.column : kColumns;
-    store_rows<TileKV, 16 * kM>(staging, out_row, warp_row(), keys, columns, is_aligned);
+    store_rows<TileKV, 16 * kM>(staging, out_row, warp_row(), at.keys, columns, is_aligned);
   }
 };
 

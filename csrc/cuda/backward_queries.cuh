@@ -39,7 +39,8 @@ struct BackwardQueriesKernel {
     const AttentionParams& a = p.grad.forward;
     const Coordinates at = coordinates(p);
     const int b = at.b, h = at.h, i0 = at.i0, rows = at.rows, first_byte = at.column * kBytes;
-    const MaskGeometry geometry = mask_geometry(a, b);
+    if (rows <= 0) return;  // a sequence shorter than the longest of those that are packed
+    const MaskGeometry geometry = sequence_geometry(a, b);
     const TileRange keys = key_range(geometry, i0, i0 + rows);
     const int full_begin = static_cast<int>(keys.full_begin), full_end = static_cast<int>(keys.full_end);
     const int n_begin = static_cast<int>(keys.begin / kBlockN);
@@ -53,9 +54,10 @@ struct BackwardQueriesKernel {
       const int hkv = static_cast<int>(opaque(static_cast<uint32_t>(h))) / static_cast<int>(a.Hq / a.Hkv);
       const auto k_rows = RowPointer<kBytes>::make(a.k, a.k_stride, b, hkv);
       const auto v_rows = RowPointer<kBytes>::make(a.v, a.v_stride, b, hkv);
-      load_tile<TileKV, kThreads>(k_tile, k_rows.at(n * kBlockN), k_rows.row_bytes, rows_left, static_cast<int>(a.D),
+      const int64_t first_key = sequence_rows(a, b).first_key + n * kBlockN;
+      load_tile<TileKV, kThreads>(k_tile, k_rows.at(first_key), k_rows.row_bytes, rows_left, static_cast<int>(a.D),
                                   p.is_aligned_k);
-      load_tile<TileKV, kThreads>(k_tile + TileKV::kBytes, v_rows.at(n * kBlockN), v_rows.row_bytes, rows_left,
+      load_tile<TileKV, kThreads>(k_tile + TileKV::kBytes, v_rows.at(first_key), v_rows.row_bytes, rows_left,
                                   static_cast<int>(a.Dv), p.is_aligned_v);
       cp_async_commit();
     };
@@ -65,17 +67,18 @@ struct BackwardQueriesKernel {
     const int first_row = i0 + warp_row() + (lane_index() >> 2);  // row 0 of the lane
     RowStatistics stats[kRows];
     if constexpr (!kModified) {
-      const F32x4* const all_stats = p.row_stats + (static_cast<int64_t>(b) * a.Hq + h) * a.Lq;
+      const F32x4* const all_stats = p.row_stats + p.stats.at(b, h, at.first_row - i0);
 #pragma unroll
       for (int n = 0; n < kRows; ++n) {
-        stats[n] = load_statistics(all_stats, first_row + 16 * (n / 2) + 8 * (n % 2), a.Lq);
+        stats[n] = load_statistics(all_stats, first_row + 16 * (n / 2) + 8 * (n % 2), geometry.Lq);
       }
     }
     if (n_begin < n_end) {
       const auto q_rows = RowPointer<kBytes>::make(a.q, a.q_stride, b, h);
       const auto d_o_rows = RowPointer<kBytes>::make(p.grad.d_o, p.grad.d_o_stride, b, h);
-      load_tile<TileQ, kThreads>(q_tile, q_rows.at(i0), q_rows.row_bytes, rows, static_cast<int>(a.D), p.is_aligned_q);
-      load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(i0), d_o_rows.row_bytes, rows, static_cast<int>(a.Dv),
+      load_tile<TileQ, kThreads>(q_tile, q_rows.at(at.first_row), q_rows.row_bytes, rows, static_cast<int>(a.D),
+                                 p.is_aligned_q);
+      load_tile<TileQ, kThreads>(d_o_tile, d_o_rows.at(at.first_row), d_o_rows.row_bytes, rows, static_cast<int>(a.Dv),
                                  p.is_aligned_d_o);
       load_keys(n_begin);
     }
@@ -99,10 +102,12 @@ struct BackwardQueriesKernel {
         reconverge();
       } else {
         const bool is_full = j0 >= full_begin && j0 + kBlockN <= full_end;
+        Intervals visible;
+        if (!is_full) visible = intervals(a, b);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           RowInterval seen = {0, 0x7fffffff};
-          if (!is_full) seen = row_interval(geometry, first_row + 16 * (r / 2) + 8 * (r % 2));
+          if (!is_full) seen = row_interval(visible, first_row + 16 * (r / 2) + 8 * (r % 2));
 #pragma unroll
           for (int tile = 0; tile < kN; ++tile) {
 #pragma unroll
@@ -140,22 +145,25 @@ struct BackwardQueriesKernel {
   // Where a CTA works. Computed again at the end: kept from the start, it would take registers all the way.
   struct Coordinates {
     int b, h, i0, rows, column;
+    int64_t first_row;  // i0 among the rows of all sequences
   };
   FASTATTN_DEVICE Coordinates coordinates(const Params& p) {
     const int row_blocks = p.row_blocks, Hq = static_cast<int>(p.grad.forward.Hq);
     const int cta = static_cast<int>(opaque(static_cast<uint32_t>(block_index())));
     const int block = cta / kParts;
     const int i0 = (row_blocks - 1 - block % row_blocks) * kBlockM;
-    const int bh = block / row_blocks, left = static_cast<int>(p.grad.forward.Lq) - i0;
-    return {bh / Hq, bh % Hq, i0, left < kBlockM ? left : kBlockM, cta % kParts * kColumns};
+    const int bh = block / row_blocks, b = bh / Hq;
+    const PackedSequence own = sequence_rows(p.grad.forward, b);
+    const int left = static_cast<int>(own.rows) - i0;
+    return {b, bh % Hq, i0, left < kBlockM ? left : kBlockM, cta % kParts * kColumns, own.first_row + i0};
   }
 
   // By way of the warp's own rows of q's tile, which only this warp has read.
   FASTATTN_DEVICE void write(const float (&dq)[kM][kD][4], const Params& p) {
     const Coordinates at = coordinates(p);
     const int64_t(&stride)[3] = p.grad.dq_stride;
-    char* const out =
-        static_cast<char*>(p.grad.dq) + (at.b * stride[0] + at.h * stride[1] + at.i0 * stride[2] + at.column) * kBytes;
+    char* const out = static_cast<char*>(p.grad.dq) +
+                      (at.b * stride[0] + at.h * stride[1] + at.first_row * stride[2] + at.column) * kBytes;
     const SharedAddress staging = shared_base();
     sync_warp();
     store_accumulators<TileQ>(dq, staging, warp_row());
@@ -171,15 +179,16 @@ struct BackwardQueriesKernel {
   FASTATTN_DEVICE void differentiate(float (&s)[kM][kN][4], float (&dp)[kM][kN][4], const Params& p, int b, int h,
                                      int first_row, int j0) {
     const AttentionParams& a = p.grad.forward;
-    const MaskGeometry geometry = geometry_again(a, b);
+    const Intervals geometry = intervals(a, b);
     const DropoutSeed seed = dropout_seed(a);
-    const int64_t bh = static_cast<int64_t>(b) * a.Hq + h;
-    const F32x4* const all_stats = p.row_stats + bh * a.Lq;
+    const int64_t bh = dropout_head(a, b, h);
+    const F32x4* const all_stats = p.row_stats + p.stats.at(b, h, sequence_rows(a, b).first_row);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       const int low = first_row + 16 * m, high = low + 8;
       const RowInterval seen[2] = {row_interval(geometry, low), row_interval(geometry, high)};
-      const RowStatistics stats[2] = {load_statistics(all_stats, low, a.Lq), load_statistics(all_stats, high, a.Lq)};
+      const RowStatistics stats[2] = {load_statistics(all_stats, low, geometry.rows),
+                                      load_statistics(all_stats, high, geometry.rows)};
 #pragma unroll
       for (int tile = 0; tile < kN; ++tile) {
         const uint32_t kept = p.constants.has_dropout
@@ -189,7 +198,7 @@ struct BackwardQueriesKernel {
         for (int e = 0; e < 4; ++e) {
           const int i = e < 2 ? low : high, j = j0 + 8 * tile + 2 * (lane_index() & 3) + e % 2;
           float &x = s[m][tile][e], &y = dp[m][tile][e];
-          if (i >= a.Lq || j < seen[e / 2].lo || j >= seen[e / 2].hi) {
+          if (i >= geometry.rows || j < seen[e / 2].lo || j >= seen[e / 2].hi) {
             x = y = 0.0f;
           } else {
             differentiate_modified(x, y, stats[e / 2], kept >> e & 1u, p, geometry, b, h, i, j);

@@ -14,6 +14,7 @@
 // would be -inf, and a row full of it would be taken for one that sees nothing.
 #pragma once
 
+#include "cuda/cache_tile.cuh"
 #include "cuda/finish.cuh"
 #include "cuda/gemm.cuh"
 #include "cuda/rows.cuh"
@@ -27,12 +28,14 @@ struct ForwardParams {
   int packed_heads = 1;  // query heads in one tile: 1, or all that share their keys
   int row_blocks = 1;    // tiles of rows for each (batch, head or group of heads)
   int splits = 1;        // parts into which the keys of a tile are split
+  StatStrides stats;
+  int64_t stat_rows = 0;  // of all sequences and heads
   bool is_aligned_q = false, is_aligned_k = false, is_aligned_v = false, is_aligned_o = false;
 
-  // With splits > 1, what each part has found: sums over its keys, not divided by anything.
-  float* partial_o = nullptr;  // [splits, B, Hq, Lq, Dv]
-  float* partial_m = nullptr;  // [splits, B, Hq, Lq], of scores
-  float* partial_l = nullptr;  // [splits, B, Hq, Lq]
+  // With splits > 1, what each part has found: sums over its keys, not divided by anything. Rows as those of lse.
+  float* partial_o = nullptr;  // [splits, stat_rows, Dv]
+  float* partial_m = nullptr;  // [splits, stat_rows], of scores
+  float* partial_l = nullptr;  // [splits, stat_rows]
 };
 
 template <DType kType_, int kDim_, int kBlockM_, int kBlockN_, int kWarps_, bool kModified_, bool kSwizzled = true>
@@ -48,8 +51,10 @@ struct ForwardKernel {
   using TileQ = Tile<kType, kBlockM, kDim, kSwizzled>;
   using TileKV = Tile<kType, kBlockN, kDim, kSwizzled>;
   static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileKV::kBytes;
-  // As many CTAs as fit on a multiprocessor of 227 KB should fit by registers as well, up to 255 for each thread.
-  static constexpr int kMinBlocks = kWarps <= 4 && 2 * kSharedBytes <= 200 * 1024 ? 2 : 1;
+  // As many CTAs as fit on a multiprocessor of 227 KB should fit by registers as well, up to 255 for each thread. A
+  // third one, which 64 x 64 of 128 columns have had room for on sm_80, must not be lost to a few registers.
+  static constexpr bool kFitsThrice = kModified && kBytes == 2 && kDim == 128 && kBlockM == 64;
+  static constexpr int kMinBlocks = kFitsThrice ? 3 : kWarps <= 4 && 2 * kSharedBytes <= 200 * 1024 ? 2 : 1;
 
   static constexpr int kM = kBlockM / kWarps / 16;  // 16-row tiles of a warp
   static constexpr int kN = kBlockN / 8;            // 8-key tiles
@@ -86,27 +91,24 @@ struct ForwardKernel {
     const QueryRows rows = {static_cast<int>(block % heads) * packed_heads, packed_heads};
     const int hkv = rows.first_head / static_cast<int>(a.Hq / a.Hkv);
 
-    const int all_rows = static_cast<int>(a.Lq) * packed_heads;
+    const MaskGeometry geometry = sequence_geometry(a, b);
+    const int all_rows = static_cast<int>(geometry.Lq) * packed_heads;
     const int r0 = row_block * kBlockM;
+    if (r0 >= all_rows) return;  // a sequence shorter than the longest of those that are packed
     const int block_rows = all_rows - r0 < kBlockM ? all_rows - r0 : kBlockM;
-    const MaskGeometry geometry = mask_geometry(a, b);
     const TileRange keys = key_range(geometry, rows.query(r0), rows.query(r0 + block_rows - 1) + 1);
     const int full_begin = static_cast<int>(keys.full_begin), full_end = static_cast<int>(keys.full_end);
     const auto [n_begin, n_end] = tiles_of_split<kBlockN>(keys, split, p.splits);
 
     const SharedAddress q_tile = shared_base(), k_tile = q_tile + TileQ::kBytes, v_tile = k_tile + TileKV::kBytes;
-    const int key_count = static_cast<int>(geometry.Lk);
+    const int key_count = static_cast<int>(geometry.Lk), key_begin = static_cast<int>(keys.begin);
     const auto load_k = [&](int n) {
-      const auto k_rows = RowPointer<kBytes>::make(a.k, a.k_stride, b, opaque(hkv));
-      load_tile<TileKV, kThreads>(k_tile, k_rows.at(n * kBlockN), k_rows.row_bytes, key_count - n * kBlockN,
-                                  static_cast<int>(a.D), p.is_aligned_k);
-      cp_async_commit();
+      load_keys(k_tile, a, {a.k, a.k_stride, a.k_scale, a.k_scale_stride}, b, hkv, n * kBlockN, key_begin, key_count,
+                static_cast<int>(a.D), p.is_aligned_k);
     };
     const auto load_v = [&](int n) {
-      const auto v_rows = RowPointer<kBytes>::make(a.v, a.v_stride, b, opaque(hkv));
-      load_tile<TileKV, kThreads>(v_tile, v_rows.at(n * kBlockN), v_rows.row_bytes, key_count - n * kBlockN,
-                                  static_cast<int>(a.Dv), p.is_aligned_v);
-      cp_async_commit();
+      load_keys(v_tile, a, {a.v, a.v_stride, a.v_scale, a.v_scale_stride}, b, hkv, n * kBlockN, key_begin, key_count,
+                static_cast<int>(a.Dv), p.is_aligned_v);
     };
 
     Rows state;
@@ -120,9 +122,10 @@ struct ForwardKernel {
     set_zero(o);
 
     if (n_begin < n_end) {
+      const int64_t first_row = sequence_rows(a, b).first_row;
       const auto q_row = [&](int row) {
         const auto head = RowPointer<kBytes>::make(a.q, a.q_stride, b, rows.head(r0 + row));
-        return head.at(rows.query(r0 + row));
+        return head.at(first_row + rows.query(r0 + row));
       };
       load_scattered_tile<TileQ, kThreads>(q_tile, q_row, block_rows, static_cast<int>(a.D), p.is_aligned_q);
       load_k(n_end - 1);
@@ -159,17 +162,35 @@ struct ForwardKernel {
 
     finish_sums(state, p.constants);
     if (p.splits > 1) {
-      write_partial(o, state, p, rows, b, split, all_rows);
+      write_partial(o, state, p, rows, b, split);
     } else {
-      write_results(o, state, p, rows, b, r0, block_rows, q_tile);
+      write_results(o, state, p, rows, b, r0, q_tile);
     }
   }
 
   FASTATTN_DEVICE int warp_row() { return warp_index() * 16 * kM; }  // of the tile's rows, the first of this warp's
 
+  // A tile of keys or values, from key j0 on; of those that are looked up, [begin, keys) alone, which rows here see.
+  FASTATTN_DEVICE void load_keys(SharedAddress tile, const AttentionParams& a, const CacheTensor& t, int b, int hkv,
+                                 int j0, int begin, int keys, int dim, bool is_aligned) {
+    const int head = static_cast<int>(opaque(static_cast<uint32_t>(hkv)));
+    // Pages and int8 are left to the kernels with modifiers: the plain ones have no registers for more addresses.
+    if (kModified && is_gathered<kBlockN>(a)) {
+      gather_cache_tile<TileKV, kThreads>(tile, a, t, b, head, j0, begin, keys, dim, is_aligned);
+    } else {
+      // Rows one after the other: the sequence's own, or those of a page that has all of the tile.
+      CachePlace first = {b, static_cast<int>(sequence_rows(a, b).first_key) + j0};
+      if (kModified && a.block_table != nullptr) first = cache_place(a, b, j0);
+      const char* const rows = static_cast<const char*>(t.data) +
+                               (first.batch * t.stride[0] + head * t.stride[1] + first.row * t.stride[2]) * kBytes;
+      load_tile<TileKV, kThreads>(tile, rows, t.stride[2] * kBytes, keys - j0, dim, is_aligned);
+    }
+    cp_async_commit();
+  }
+
   // Scores of keys outside of the rows' intervals become -inf.
   FASTATTN_DEVICE void hide(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state, int b, int j0) {
-    const MaskGeometry geometry = geometry_again(p.attention, b);
+    const Intervals geometry = intervals(p.attention, b);
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       const RowInterval seen = row_interval(geometry, rows.query(state.r(n)));
@@ -188,8 +209,8 @@ struct ForwardKernel {
   // Raw products become scores.
   FASTATTN_DEVICE void modify(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state, int b,
                               int j0) {
-    const MaskGeometry geometry = geometry_again(p.attention, b);
-    const int last_row = static_cast<int>(p.attention.Lq) * rows.heads - 1;
+    const Intervals geometry = intervals(p.attention, b);
+    const int last_row = geometry.rows * rows.heads - 1;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       const int r = state.r(n) < last_row ? state.r(n) : last_row;  // rows beyond the last compute what nobody reads
@@ -247,7 +268,7 @@ struct ForwardKernel {
 
   FASTATTN_DEVICE void drop(float (&s)[kM][kN][4], const Params& p, QueryRows rows, const Rows& state, int b, int j0) {
     const DropoutSeed seed = dropout_seed(p.attention);
-    const int64_t first_bh = b * p.attention.Hq;
+    const int64_t first_bh = dropout_head(p.attention, b, 0);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       const int low = state.r(2 * m), high = state.r(2 * m + 1);
@@ -281,13 +302,15 @@ struct ForwardKernel {
   }
 
   FASTATTN_DEVICE void write_partial(const float (&o)[kM][kD][4], const Rows& state, const Params& p, QueryRows rows,
-                                     int b, int split, int all_rows) {
+                                     int b, int split) {
     const AttentionParams& a = p.attention;
+    const PackedSequence own = sequence_rows(a, b);
+    const int all_rows = static_cast<int>(own.rows) * rows.heads;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       const int r = state.r(n);
       if (r >= all_rows) continue;
-      const int64_t at = ((static_cast<int64_t>(split) * a.B + b) * a.Hq + rows.head(r)) * a.Lq + rows.query(r);
+      const int64_t at = split * p.stat_rows + p.stats.at(b, rows.head(r), own.first_row) + rows.query(r);
       if ((lane_index() & 3) == 0) {
         p.partial_m[at] = state.m[n];
         p.partial_l[at] = state.l[n];
@@ -305,8 +328,11 @@ struct ForwardKernel {
   }
 
   FASTATTN_DEVICE void write_results(float (&o)[kM][kD][4], const Rows& state, const Params& p, QueryRows rows, int b,
-                                     int r0, int block_rows, SharedAddress q_tile) {
+                                     int r0, SharedAddress q_tile) {
     const AttentionParams& a = p.attention;
+    const PackedSequence own = sequence_rows(a, b);
+    const int rows_left = static_cast<int>(own.rows) * rows.heads - r0;
+    const int block_rows = rows_left < kBlockM ? rows_left : kBlockM;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       const int r = state.r(n) < r0 + block_rows ? state.r(n) : r0 + block_rows - 1;
@@ -318,7 +344,7 @@ struct ForwardKernel {
         o[n / 2][tile][2 * (n % 2) + 1] *= factor;
       }
       if (state.r(n) < r0 + block_rows && (lane_index() & 3) == 0) {
-        write_statistics(a, row, (static_cast<int64_t>(b) * a.Hq + rows.head(r)) * a.Lq + rows.query(r));
+        write_statistics(a, row, p.stats.at(b, rows.head(r), own.first_row) + rows.query(r));
       }
     }
     // By way of the warp's own rows of q's tile: whole 16-byte pieces of rows leave it. Only this warp has read them,
@@ -327,7 +353,7 @@ struct ForwardKernel {
     sync_warp();
     char* const out = static_cast<char*>(a.o);
     const auto o_row = [&](int row) {
-      const int64_t i = rows.query(r0 + row), h = rows.head(r0 + row);
+      const int64_t i = own.first_row + rows.query(r0 + row), h = rows.head(r0 + row);
       return out + (b * a.o_stride[0] + h * a.o_stride[1] + i * a.o_stride[2]) * kBytes;
     };
     store_rows<TileQ, 16 * kM>(q_tile, o_row, warp_row(), block_rows, static_cast<int>(a.Dv), p.is_aligned_o);

@@ -17,7 +17,8 @@ struct BackwardParams {
   AttentionGradParams grad;
   ScoreConstants constants;
   bool is_plain = false;       // no modifiers, 16-bit operands: see RowStatistics::m
-  F32x4* row_stats = nullptr;  // [B, Hq, Lq] of RowStatistics
+  F32x4* row_stats = nullptr;  // of RowStatistics, placed as the rows of row_max are
+  StatStrides stats;
   int key_blocks = 1, row_blocks = 1;
   bool is_aligned_q = false, is_aligned_k = false, is_aligned_v = false, is_aligned_d_o = false;
   bool is_aligned_dq = false, is_aligned_dk = false, is_aligned_dv = false;
@@ -56,8 +57,7 @@ FASTATTN_DEVICE void differentiate_plain(float& x, float& dp, const RowStatistic
 // scale * q . k. Returns the gradient of the score, which is the bias's. The caller has left out keys that the interval
 // hides.
 FASTATTN_DEVICE float differentiate_modified(float& x, float& dp, const RowStatistics& row, bool is_kept,
-                                             const BackwardParams& p, const MaskGeometry& g, int b, int h, int i,
-                                             int j) {
+                                             const BackwardParams& p, const Intervals& g, int b, int h, int i, int j) {
   const CappedScore cap = capped(p.constants, x);
   const float score = modified(p.grad.forward, g, cap.value, b, h, i, j);
   const float weight = exp2_approx((score - row.m) * kLog2E) * row.inverse_l;

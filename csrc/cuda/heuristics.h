@@ -110,10 +110,17 @@ inline ForwardPlan plan_forward(const AttentionParams& p, bool has_modifiers, co
   const ForwardTiles tiles = forward_tiles(p.dtype, plan.dim, plan.variant);
   plan.row_blocks = static_cast<int>(divide_up(rows, tiles.block_m));
   const int64_t blocks = plan.row_blocks * (p.Hq / plan.packed_heads) * p.B;
+  // Of packed sequences most may be shorter than the longest, and have no use for all of its tiles: those that do are
+  // at most so many.
+  int64_t busy = blocks;
+  if (p.packed_rows != 0) {
+    const int64_t tiles_with_rows = p.packed_rows * plan.packed_heads / tiles.block_m + p.B;
+    busy = min_i64(blocks, tiles_with_rows * (p.Hq / plan.packed_heads));
+  }
   const int64_t resident = device.multiprocessors * resident_blocks(forward_shared_bytes(p.dtype, plan.dim, tiles),
                                                                     blocks_by_registers(tiles.warps), device);
   const int64_t block_queries = divide_up(min_i64(rows, tiles.block_m), plan.packed_heads) + 1;
-  plan.splits = choose_splits(blocks, divide_up(visible_keys(p, block_queries), tiles.block_n), resident);
+  plan.splits = choose_splits(busy, divide_up(visible_keys(p, block_queries), tiles.block_n), resident);
   plan.blocks = blocks * plan.splits;
   return plan;
 }

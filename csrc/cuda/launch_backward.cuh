@@ -37,10 +37,12 @@ void launch_backward_dim(Launcher& launcher, const BackwardPlan& plan, const Bia
 
 template <DType kType, class Launcher>
 void launch_backward(Launcher& launcher, const BackwardPlan& plan, const BiasGradientParams& p) {
-  const AttentionParams& a = p.backward.grad.forward;
+  BackwardParams rows = p.backward;
+  AttentionParams& a = rows.grad.forward;
+  a = as_one_sequence(a);
   launcher.template launch<RowStatisticsKernel<kType>>(
-      divide_up(a.B * a.Hq * a.Lq, RowStatisticsKernel<kType>::kRowsPerBlock), p.backward);
-  if (p.backward.grad.d_sinks) launcher.template launch<SinkGradientKernel>(a.Hq, p.backward);
+      divide_up(a.B * a.Hq * a.Lq, RowStatisticsKernel<kType>::kRowsPerBlock), rows);
+  if (rows.grad.d_sinks) launcher.template launch<SinkGradientKernel>(a.Hq, rows);
   switch (plan.dim) {
     case 32:
       return launch_backward_dim<kType, Launcher, 32>(launcher, plan, p);

@@ -7,12 +7,14 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cuda/append.cuh"
 #include "cuda/backward_bias.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/forward.cuh"
 #include "cuda/hard_backward.cuh"
 #include "cuda/hard_forward.cuh"
 #include "cuda/kernel.h"
+#include "cuda/packed.cuh"
 #include "cuda/summary.cuh"
 
 namespace fastattn::cuda {
@@ -36,6 +38,16 @@ inline std::string describe(const ForwardParams& p) {
 inline std::string describe(const BackwardParams& p) { return describe(p.grad.forward); }
 inline std::string describe(const BiasGradientParams& p) {
   return describe(p.backward) + " chunks=" + std::to_string(p.chunks);
+}
+inline std::string describe(const UncoveredParams& p) {
+  return describe(p.attention) + " packed_rows=" + std::to_string(p.attention.packed_rows) +
+         " packed_keys=" + std::to_string(p.attention.packed_keys);
+}
+inline std::string describe(const CacheAppendParams& p) {
+  std::ostringstream text;
+  text << "B=" << p.B << " Hq=" << p.Hq << " Hkv=" << p.Hkv << " Lq=" << p.Lq << " Lnew=" << p.Lnew << " D=" << p.D
+       << " Dv=" << p.Dv << " dtype=" << static_cast<int>(p.dtype);
+  return text.str();
 }
 inline std::string describe(const DropoutMaskParams& p) {
   return "rows=" + std::to_string(p.rows) + " Lk=" + std::to_string(p.Lk);

@@ -2,7 +2,7 @@
 // the tiles of keys that they walk over.
 #pragma once
 
-#include "core/mask.h"
+#include "core/sequence.h"
 #include "cuda/ptx.cuh"
 
 namespace fastattn::cuda {
@@ -18,6 +18,46 @@ struct RowPointer {
   }
   FASTATTN_ALWAYS_INLINE const char* at(int64_t row) const { return base + row * row_bytes; }
 };
+
+// Where the rows and keys of sequence b begin among those of all, and how many it has: of packed sequences their own,
+// else all that the tensors have for it. Batch strides are 0 where sequences are packed (engine.cuh), so that one
+// formula finds rows of both. Read anew wherever it is needed: kept, it would take registers throughout a loop.
+FASTATTN_DEVICE PackedSequence sequence_rows(const AttentionParams& p, int b) {
+  if (p.cu_seqlens_q == nullptr) return {0, p.Lq, 0, p.Lk};
+  return packed_sequence(p, static_cast<int>(opaque(static_cast<uint32_t>(b))));
+}
+
+// The geometry of sequence b, packed or not, computed anew as well.
+FASTATTN_DEVICE MaskGeometry sequence_geometry(const AttentionParams& p, int b) {
+  const int again = static_cast<int>(opaque(static_cast<uint32_t>(b)));
+  if (p.cu_seqlens_q == nullptr) return mask_geometry(p, again);
+  const PackedSequence own = packed_sequence(p, again);
+  return mask_geometry(p, own.rows, own.keys);
+}
+
+// Where the statistics of sequence b and head h begin: [B, Hq, Lq], or of packed sequences [Hq, packed_rows].
+struct StatStrides {
+  int64_t batch = 0, head = 0;
+
+  FASTATTN_ALWAYS_INLINE int64_t at(int b, int h, int64_t first_row) const { return b * batch + h * head + first_row; }
+};
+inline StatStrides stat_strides(const AttentionParams& p) {
+  if (p.cu_seqlens_q != nullptr) return {0, p.packed_rows};
+  return {p.Hq * p.Lq, p.Lq};
+}
+
+// For kernels to which a row is a row, whosever it is: packed sequences are one sequence to them.
+inline AttentionParams as_one_sequence(AttentionParams p) {
+  if (p.cu_seqlens_q == nullptr) return p;
+  p.B = 1;
+  p.Lq = p.packed_rows;
+  p.cu_seqlens_q = p.cu_seqlens_k = nullptr;
+  return p;
+}
+inline int64_t all_rows(const AttentionParams& p) {
+  const AttentionParams one = as_one_sequence(p);
+  return one.B * one.Hq * one.Lq;
+}
 
 // A row of a tile in the forward pass: query i of head h. Where few queries meet many keys, the heads that share their
 // keys become rows of one tile ("packed": row r is query r / heads of head first_head + r % heads), which then reads

@@ -9,7 +9,8 @@
 #include "core/params.h"
 #include "core/philox.h"
 #include "core/score.h"
-#include "cuda/ptx.cuh"
+#include "cuda/attention.h"
+#include "cuda/rows.cuh"
 
 namespace fastattn::cuda {
 
@@ -74,6 +75,29 @@ FASTATTN_DEVICE MaskGeometry geometry_again(const AttentionParams& p, int b) {
   return mask_geometry(p, opaque(static_cast<uint32_t>(b)));
 }
 
+// The same in 32 bits, for sequences that may be packed: row i sees the keys from i + lo_offset to before
+// i + hi_offset, as far as they exist. Offsets end at -kMaxLength and kMaxLength, beyond which nothing changes, so that
+// no sum overflows. MaskGeometry would take twice the registers, and not all kernels have them.
+struct Intervals {
+  int keys = 0, lo_offset = 0, hi_offset = 0;
+  int diagonal = 0;  // row i sits there at key i + diagonal for ALiBi, whatever the alignment of the mask
+  int rows = 0;
+};
+FASTATTN_DEVICE Intervals intervals(const AttentionParams& p, int b) {
+  const MaskGeometry g = sequence_geometry(p, b);
+  return {static_cast<int>(g.Lk), static_cast<int>(max_i64(g.offset - g.left, -kMaxLength)),
+          static_cast<int>(min_i64(g.offset + g.right + 1, kMaxLength)), static_cast<int>(g.Lk - g.Lq),
+          static_cast<int>(g.Lq)};
+}
+FASTATTN_DEVICE int clamp_key(int j, int keys) { return j < 0 ? 0 : j < keys ? j : keys; }
+FASTATTN_DEVICE RowInterval row_interval(const Intervals& g, int i) {
+  return {clamp_key(i + g.lo_offset, g.keys), clamp_key(i + g.hi_offset, g.keys)};
+}
+FASTATTN_DEVICE int alibi_distance(const Intervals& g, int i, int j) {
+  const int distance = i + g.diagonal - j;
+  return distance < 0 ? -distance : distance;
+}
+
 // scale and softcap, with the softcap's derivative.
 struct CappedScore {
   float value, derivative;
@@ -87,8 +111,8 @@ FASTATTN_DEVICE CappedScore capped(const ScoreConstants& c, float product) {
 
 // What follows the softcap: bias, ALiBi and the boolean mask, of query head h in batch b. Only for keys that the row's
 // interval shows: nothing is read for others, which may not exist.
-FASTATTN_DEVICE float modified(const AttentionParams& p, const MaskGeometry& g, float score, int b, int h, int i,
-                               int j) {
+template <class Geometry>
+FASTATTN_DEVICE float modified(const AttentionParams& p, const Geometry& g, float score, int b, int h, int i, int j) {
   if (p.mask) {
     const int64_t* stride = p.mask_stride;
     if (!p.mask[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]]) return -kInfinity;

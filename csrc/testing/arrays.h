@@ -1,5 +1,8 @@
 // NumPy arrays to the engine's params and back, for the test module's functions.
 //
+// Packed sequences are (1, H, total, D) with cu_seqlens and max_seqlens; results are of that shape too. A cache is k
+// and v in pages, with a block_table, or of int8, with scales, or both.
+//
 // Arrays are float32, float64, float16, or uint16 that holds bfloat16 bits. Any strides are passed on as they are, so
 // the last dimension must be contiguous. Results start out as NaN, which shows what a kernel forgot to write.
 #pragma once
@@ -134,7 +137,9 @@ struct Options {
   std::optional<double> scale;
   double softcap = 0.0;
   OptionalArray w, bias, mask, alibi_slopes, sinks;
-  std::optional<py::array_t<int32_t, py::array::c_style>> kv_lengths;
+  std::optional<py::array_t<int32_t, py::array::c_style>> kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table;
+  Window max_seqlens = {};  // of queries and keys
+  OptionalArray k_scale, v_scale;
   double dropout_p = 0.0;
   uint64_t seed = 0, offset = 0;
 };
@@ -164,6 +169,18 @@ inline Options options_from(const py::kwargs& kwargs) {
       options.sinks = py::cast<py::array>(value);
     } else if (name == "kv_lengths") {
       options.kv_lengths = py::cast<py::array_t<int32_t, py::array::c_style>>(value);
+    } else if (name == "cu_seqlens_q") {
+      options.cu_seqlens_q = py::cast<py::array_t<int32_t, py::array::c_style>>(value);
+    } else if (name == "cu_seqlens_k") {
+      options.cu_seqlens_k = py::cast<py::array_t<int32_t, py::array::c_style>>(value);
+    } else if (name == "max_seqlens") {
+      options.max_seqlens = py::cast<Window>(value);
+    } else if (name == "block_table") {
+      options.block_table = py::cast<py::array_t<int32_t, py::array::c_style>>(value);
+    } else if (name == "k_scale") {
+      options.k_scale = py::cast<py::array>(value);
+    } else if (name == "v_scale") {
+      options.v_scale = py::cast<py::array>(value);
     } else if (name == "dropout_p") {
       options.dropout_p = py::cast<double>(value);
     } else if (name == "seed") {
@@ -177,11 +194,31 @@ inline Options options_from(const py::kwargs& kwargs) {
   return options;
 }
 
+// k or v, whatever their rows are made of: [first, Hkv, rows, dim].
+inline void* cache_data(const py::array& array, const char* name, DType dtype, const OptionalArray& scale,
+                        int64_t first, int64_t Hkv, int64_t rows, int64_t dim, int64_t (&stride)[3]) {
+  if (!scale) return rows_view(array, name, dtype, {first, Hkv, rows, dim}, stride).data;
+  if (!array.dtype().is(py::dtype::of<int8_t>())) refuse(std::string(name) + " has scales, and must be int8.");
+  const View view = shape_view(array, name, 4);
+  if (view.size != std::vector<int64_t>{first, Hkv, rows, dim}) refuse(std::string(name) + " has another size.");
+  for (size_t i = 0; i < 3; ++i) stride[i] = view.stride[i];
+  return view.data;
+}
+inline float* scale_data(const py::array& array, const char* name, int64_t first, int64_t Hkv, int64_t rows,
+                         int64_t (&stride)[3]) {
+  const View view = float_view(array, name, 3);
+  if (view.dtype != DType::kFloat32 || view.size != std::vector<int64_t>{first, Hkv, rows}) {
+    refuse(std::string(name) + " must be float32, with an element for each row.");
+  }
+  for (size_t i = 0; i < 3; ++i) stride[i] = view.stride[i];
+  return static_cast<float*>(view.data);
+}
+
 // v may be missing, where nothing takes values: Dv is 0 then.
 inline AttentionParams make_params(const py::array& q, const py::array& k, const OptionalArray& v,
                                    const Options& options) {
   AttentionParams p;
-  const View q_view = float_view(q, "q", 4), k_view = float_view(k, "k", 4);
+  const View q_view = float_view(q, "q", 4), k_view = shape_view(k, "k", 4);
   p.dtype = q_view.dtype;
   p.B = q_view.size[0];
   p.Hq = q_view.size[1];
@@ -191,10 +228,36 @@ inline AttentionParams make_params(const py::array& q, const py::array& k, const
   p.Lk = k_view.size[2];
   if (p.Hkv == 0 ? p.Hq != 0 : p.Hq % p.Hkv != 0) refuse("q's heads must be a multiple of k's.");
   p.q = rows_view(q, "q", p.dtype, {p.B, p.Hq, p.Lq, p.D}, p.q_stride).data;
-  p.k = rows_view(k, "k", p.dtype, {p.B, p.Hkv, p.Lk, p.D}, p.k_stride).data;
+  const int64_t first = options.block_table ? k_view.size[0] : p.B;
+  p.k = cache_data(k, "k", p.dtype, options.k_scale, first, p.Hkv, p.Lk, p.D, p.k_stride);
   if (v) {
-    p.Dv = float_view(*v, "v", 4).size[3];
-    p.v = rows_view(*v, "v", p.dtype, {p.B, p.Hkv, p.Lk, p.Dv}, p.v_stride).data;
+    p.Dv = shape_view(*v, "v", 4).size[3];
+    p.v = cache_data(*v, "v", p.dtype, options.v_scale, first, p.Hkv, p.Lk, p.Dv, p.v_stride);
+  }
+  if (options.k_scale.has_value() != options.v_scale.has_value()) refuse("k_scale and v_scale: both or none.");
+  if (options.k_scale) {
+    p.k_scale = scale_data(*options.k_scale, "k_scale", first, p.Hkv, p.Lk, p.k_scale_stride);
+    p.v_scale = scale_data(*options.v_scale, "v_scale", first, p.Hkv, p.Lk, p.v_scale_stride);
+  }
+  if (options.block_table) {
+    const auto& table = *options.block_table;
+    if (table.ndim() != 2 || table.shape(0) != p.B) refuse("block_table must be (B, max_pages).");
+    p.block_table = table.data();
+    p.block_table_stride = table.shape(1);
+    p.pages = first;
+    p.page_size = p.Lk;
+    p.Lk = table.shape(1) * p.page_size;
+  }
+  if (options.cu_seqlens_q.has_value() != options.cu_seqlens_k.has_value()) refuse("cu_seqlens: both or none.");
+  if (options.cu_seqlens_q) {
+    if (p.B != 1) refuse("packed sequences are arrays (1, H, total, D).");
+    p.cu_seqlens_q = options.cu_seqlens_q->data();
+    p.cu_seqlens_k = options.cu_seqlens_k->data();
+    p.packed_rows = p.Lq;
+    p.packed_keys = p.Lk;
+    p.Lq = options.max_seqlens[0];
+    p.Lk = options.max_seqlens[1];
+    p.B = options.cu_seqlens_q->size() - 1;
   }
   p.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D)));
   p.softcap = options.softcap;
@@ -265,15 +328,25 @@ inline void copy_strides(const py::array& array, int64_t (&stride)[3]) {
   }
 }
 
+// Batch entries and rows of q, o and the statistics as arrays.
+struct RowSize {
+  int64_t B, Lq, Lk;
+};
+inline RowSize row_size(const AttentionParams& p) {
+  if (p.cu_seqlens_q) return {1, p.packed_rows, p.packed_keys};
+  return {p.B, p.Lq, p.Lk};
+}
+
 // What a forward call returns. run(params) computes it, without Python's lock.
 template <class Run>
 py::dict forward_arrays(const py::array& q, const py::array& k, const py::array& v, const Options& options, Run run) {
   AttentionParams p = make_params(q, k, v, options);
   const DType stat = accumulator(p.dtype);
-  py::array o = make_result(p.dtype, {p.B, p.Hq, p.Lq, p.Dv});
-  py::array lse = make_result(stat, {p.B, p.Hq, p.Lq});
-  py::array row_max = make_result(stat, {p.B, p.Hq, p.Lq});
-  py::array row_sum = make_result(stat, {p.B, p.Hq, p.Lq});
+  const RowSize size = row_size(p);
+  py::array o = make_result(p.dtype, {size.B, p.Hq, size.Lq, p.Dv});
+  py::array lse = make_result(stat, {size.B, p.Hq, size.Lq});
+  py::array row_max = make_result(stat, {size.B, p.Hq, size.Lq});
+  py::array row_sum = make_result(stat, {size.B, p.Hq, size.Lq});
   p.o = o.mutable_data();
   copy_strides(o, p.o_stride);
   p.lse = lse.mutable_data();
@@ -299,15 +372,16 @@ py::dict backward_arrays(const py::array& d_o, const py::array& q, const py::arr
   g.forward = make_params(q, k, v, options);
   AttentionParams& p = g.forward;
   const DType stat = accumulator(p.dtype);
+  const RowSize size = row_size(p);
   const auto stats_of = [&](const py::array& array, const char* name) {
-    return vector_data(array.attr("reshape")(-1).cast<py::array>(), name, stat, p.B * p.Hq * p.Lq);
+    return vector_data(array.attr("reshape")(-1).cast<py::array>(), name, stat, size.B * p.Hq * size.Lq);
   };
   const py::array o = results["o"].cast<py::array>();
   const py::array row_max = results["row_max"].cast<py::array>(), row_sum = results["row_sum"].cast<py::array>();
-  p.o = rows_view(o, "o", p.dtype, {p.B, p.Hq, p.Lq, p.Dv}, p.o_stride).data;
+  p.o = rows_view(o, "o", p.dtype, {size.B, p.Hq, size.Lq, p.Dv}, p.o_stride).data;
   p.row_max = const_cast<void*>(stats_of(row_max, "row_max"));
   p.row_sum = const_cast<void*>(stats_of(row_sum, "row_sum"));
-  g.d_o = rows_view(d_o, "d_o", p.dtype, {p.B, p.Hq, p.Lq, p.Dv}, g.d_o_stride).data;
+  g.d_o = rows_view(d_o, "d_o", p.dtype, {size.B, p.Hq, size.Lq, p.Dv}, g.d_o_stride).data;
   if (d_lse) g.d_lse = stats_of(*d_lse, "d_lse");
 
   py::dict gradients;
@@ -315,9 +389,9 @@ py::dict backward_arrays(const py::array& d_o, const py::array& q, const py::arr
     gradients[name] = array;
     return array.mutable_data();
   };
-  g.dq = add("dq", make_result(p.dtype, {p.B, p.Hq, p.Lq, p.D}));
-  g.dk = add("dk", make_result(p.dtype, {p.B, p.Hkv, p.Lk, p.D}));
-  g.dv = add("dv", make_result(p.dtype, {p.B, p.Hkv, p.Lk, p.Dv}));
+  g.dq = add("dq", make_result(p.dtype, {size.B, p.Hq, size.Lq, p.D}));
+  g.dk = add("dk", make_result(p.dtype, {size.B, p.Hkv, size.Lk, p.D}));
+  g.dv = add("dv", make_result(p.dtype, {size.B, p.Hkv, size.Lk, p.Dv}));
   copy_strides(gradients["dq"].cast<py::array>(), g.dq_stride);
   copy_strides(gradients["dk"].cast<py::array>(), g.dk_stride);
   copy_strides(gradients["dv"].cast<py::array>(), g.dv_stride);

@@ -92,6 +92,12 @@ Run attention_summary(const SummaryParams& params, const cuda::DeviceProperties&
   return launcher.run;
 }
 
+Run append_to_cache(const CacheAppendParams& params, const Options& options, int os_threads) {
+  EmulatedLauncher launcher{options, os_threads, {}};
+  cuda::run_append(launcher, params);
+  return launcher.run;
+}
+
 Run dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p,
                  const Options& options, int os_threads) {
   EmulatedLauncher launcher{options, os_threads, {}};

@@ -22,6 +22,7 @@ Run attention_forward(const AttentionParams& params, const cuda::DevicePropertie
                       int os_threads);
 Run attention_backward(const AttentionGradParams& params, const cuda::DeviceProperties& device, const Options& options,
                        int os_threads);
+Run append_to_cache(const CacheAppendParams& params, const Options& options, int os_threads);
 Run dropout_mask(uint8_t* keep, const int64_t* rng_state, int64_t B, int64_t H, int64_t Lq, int64_t Lk, double p,
                  const Options& options, int os_threads);
 Run hard_attention_forward(const HardAttentionParams& params, const cuda::DeviceProperties& device,

@@ -148,5 +148,6 @@ PYBIND11_MODULE(_fastattn_core, m) {
 
   fastattn::testing::bind_hard(m);
   fastattn::testing::bind_cuda(m);
+  fastattn::testing::bind_cuda_cache(m);
   fastattn::testing::bind_cuda_hard(m);
 }

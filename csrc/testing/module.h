@@ -11,6 +11,9 @@ void bind_hard(pybind11::module_& m);
 // The CUDA engine on the emulator, and its plans.
 void bind_cuda(pybind11::module_& m);
 
+// Its append to a cache.
+void bind_cuda_cache(pybind11::module_& m);
+
 // Hard attention and the summary of it, likewise.
 void bind_cuda_hard(pybind11::module_& m);
 

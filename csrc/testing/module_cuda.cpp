@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/heuristics.h"
+#include "cuda/rows.cuh"
 #include "testing/emulation.h"
 #include "testing/module.h"
 
@@ -22,7 +23,7 @@ py::dict attention_forward(const py::array& q, const py::array& k, const py::arr
   py::dict results = forward_arrays(q, k, v, options_from(kwargs), [&](const AttentionParams& p) {
     check_is_served(p);
     // As the binding does.
-    if (p.B * p.Hq * p.Lq == 0) return;
+    if (cuda::all_rows(p) == 0) return;
     run = emulation.unswizzled
               ? emulator::attention_forward_unswizzled(p, emulation.options, emulation.os_threads)
               : emulator::attention_forward(p, emulation.device, emulation.options, emulation.os_threads);
@@ -44,7 +45,7 @@ py::dict attention_backward(const py::array& d_o, const py::array& q, const py::
   py::dict gradients =
       backward_arrays(d_o, q, k, v, results, d_lse, options_from(kwargs), [&](const AttentionGradParams& g) {
         check_is_served(g.forward);
-        is_empty = g.forward.B * g.forward.Hq * g.forward.Lq == 0;
+        is_empty = g.forward.B * cuda::all_rows(g.forward) == 0;
         if (!is_empty) {
           run = emulator::attention_backward(g, emulation.device, emulation.options, emulation.os_threads);
         }
@@ -63,9 +64,10 @@ py::array_t<bool> dropout_mask(uint64_t seed, uint64_t offset, int64_t B, int64_
 
 // The plan for a shape, without pointers: what a real device of these properties would run.
 py::dict forward_plan(const std::string& dtype, int64_t B, int64_t Hq, int64_t Hkv, int64_t Lq, int64_t Lk, int64_t D,
-                      int64_t Dv, const std::string& causal, Window window, bool has_modifiers, int multiprocessors,
-                      int shared_bytes) {
+                      int64_t Dv, const std::string& causal, Window window, bool has_modifiers, int64_t packed_rows,
+                      int multiprocessors, int shared_bytes) {
   AttentionParams p;
+  p.packed_rows = packed_rows;
   p.dtype = dtype == "float32" ? DType::kFloat32 : dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat16;
   p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Lq = Lq, p.Lk = Lk, p.D = D, p.Dv = Dv;
   p.causal = causal_from_name(causal);
@@ -114,7 +116,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_forward_plan", &forward_plan, py::kw_only(), py::arg("dtype"), py::arg("B"), py::arg("Hq"),
         py::arg("Hkv"), py::arg("Lq"), py::arg("Lk"), py::arg("D"), py::arg("Dv"), py::arg("causal") = "none",
         py::arg("window") = Window{kUnlimited, kUnlimited}, py::arg("has_modifiers") = false,
-        py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 * 1024);
+        py::arg("packed_rows") = 0, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 * 1024);
   m.def("cuda_additive_plan", &additive_plan, py::kw_only(), py::arg("B"), py::arg("Hq"), py::arg("Lq"), py::arg("Lk"),
         py::arg("Dv"), py::arg("causal") = "none", py::arg("multiprocessors") = 132,
         py::arg("shared_bytes") = 227 * 1024);

@@ -95,9 +95,9 @@ void attention_summary(const SummaryParams& params, const Device& device) {
   launch(cuda::summary_workspace_bytes, cuda::attention_summary, params, device);
 }
 
-void append_to_cache(const CacheAppendParams&, const Device& device) {
-  value_error("k_cache is on ", device_name(device),
-              ", and this build has no CUDA kernel that appends to a cache: move the tensors to the CPU with q.cpu().");
+void append_to_cache(const CacheAppendParams& params, const Device& device) {
+  const DeviceGuard guard(device.index);
+  reported([&] { cuda::append_to_cache(params, current_stream(device)); });
 }
 
 void dropout_mask(uint8_t* keep, const int64_t* state, const MaskSizes& sizes, double p, const Device& device) {

@@ -4,7 +4,8 @@ transformers asks a mask function for a (B, 1, Lq, Lk) mask once per forward pas
 model's code to the attention function of each layer. A :class:`NativeMask` is a tensor for all that code: it has the
 shape and the dtype (bool, True = keep) of the mask, can be sliced to fewer keys, moved, detached and checkpointed.
 The attention function takes arguments of ``fastattn.attention`` from it (:func:`options_of`). An operation that
-needs the elements after all (a model that adds a bias to its mask) makes them first: slower, and just as right.
+needs the elements after all makes them first: slower, and just as right. Code that adds the mask to scores means one of
+floats, as "eager" has them, and gets it: 0 where the mask keeps, the smallest number elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Rule:
     causal: bool  # j <= i + offset
     left: int | None  # j >= i + offset - left
     right: int | None  # j <= i + offset + right
-    # and, with the tensors of the NativeMask: j < lengths[b], keep[b, j], sequences[b, i] == sequences[b, j]
+    longest: int = 0  # rows of the longest of packed sequences
+    # and, with the tensors of the NativeMask: j < lengths[b], keep[b, j], i and j in the same packed sequence
 
     @property
     def is_interval(self) -> bool:
@@ -45,7 +47,7 @@ class Rule:
 
 
 # The tensors that a rule may need, all of which are as long as a row of the mask at most.
-_PARTS = ("keep", "lengths", "ends", "sequences")
+_PARTS = ("keep", "lengths", "ends", "cu_seqlens")
 
 
 class NativeMask(Tensor):
@@ -55,7 +57,9 @@ class NativeMask(Tensor):
     keep: Tensor | None  # (B, Lk), bool
     lengths: Tensor | None  # (B,), int32
     ends: Tensor | None  # (B,), int32, only with causal rules
-    sequences: Tensor | None  # (B, L), with Lq = Lk = L and offset 0
+    cu_seqlens: (
+        Tensor | None
+    )  # (sequences + 1,), int32: they lie one after the other in B * L rows; Lq = Lk = L, offset 0
     nothing: Tensor  # torch.compile takes tensors of this kind apart, and wants one to find
 
     # Every operation goes to __torch_dispatch__, below autograd, and from there to dense().
@@ -70,13 +74,13 @@ class NativeMask(Tensor):
         keep: Tensor | None = None,
         lengths: Tensor | None = None,
         ends: Tensor | None = None,
-        sequences: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         nothing: Tensor | None = None,
     ) -> NativeMask:
         shape = (rule.B, 1, rule.Lq, rule.Lk)
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.rule = rule
-        mask.keep, mask.lengths, mask.ends, mask.sequences = keep, lengths, ends, sequences
+        mask.keep, mask.lengths, mask.ends, mask.cu_seqlens = keep, lengths, ends, cu_seqlens
         mask.nothing = torch.empty(0, dtype=torch.bool, device=device) if nothing is None else nothing
         return mask
 
@@ -103,6 +107,8 @@ class NativeMask(Tensor):
                 return mask._with(mask.rule, kwargs.get("device"))
             if func is torch.ops.aten.slice.Tensor and (length := _first_keys(mask, *args[1:])) is not None:
                 return mask.first_keys(length)
+        if func in _SUMS and len(args) == 2 and not kwargs:
+            args = tuple(_added_to(x, y) for x, y in (args, reversed(args)))
         dense = torch.utils._pytree.tree_map_only(NativeMask, NativeMask.dense, (args, kwargs))
         return func(*dense[0], **dense[1])
 
@@ -116,8 +122,9 @@ class NativeMask(Tensor):
     def first_keys(self, length: int) -> Tensor:
         """The mask of the first ``length`` keys."""
         if length == self.rule.Lk:
-            return self
-        if self.ends is not None:  # they may lie beyond, and to look would mean to wait for a GPU
+            return self._with(self.rule)
+        # Ends may lie beyond, and to look would mean to wait for a GPU; packed rows are as many as their keys.
+        if self.ends is not None or self.cu_seqlens is not None:
             return self.dense()[..., :length]
         mask = self._with(replace(self.rule, Lk=length))
         mask.keep = None if self.keep is None else self.keep[:, :length]
@@ -144,9 +151,21 @@ class NativeMask(Tensor):
             visible &= self.keep[:, None, None, :]
         if self.lengths is not None:
             visible &= key < self.lengths[:, None, None, None]
-        if self.sequences is not None:
-            visible &= self.sequences[:, None, :, None] == self.sequences[:, None, None, : rule.Lk]
+        if self.cu_seqlens is not None:
+            rows = torch.arange(rule.B * rule.Lq, dtype=torch.int32, device=device)
+            sequence = torch.searchsorted(self.cu_seqlens, rows, right=True).view(rule.B, 1, rule.Lq)
+            visible &= sequence[..., :, None] == sequence[..., None, :]
         return visible
+
+
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+def _added_to(mask: Any, scores: Any) -> Any:
+    if not isinstance(mask, NativeMask) or not isinstance(scores, Tensor) or not scores.is_floating_point():
+        return mask
+    hidden = torch.finfo(scores.dtype).min
+    return torch.zeros((), dtype=scores.dtype, device=mask.device).where(mask.dense(), hidden)
 
 
 _COPIES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.clone.default)
@@ -167,12 +186,13 @@ def _first_keys(mask: NativeMask, dim: int = 0, start: int | None = None, end: i
 def options_of(mask: NativeMask) -> tuple[dict[str, Any], int]:
     """Arguments of ``fastattn.attention``, and how many of the keys to give it.
 
-    A function, for torch.compile takes no calls of a tensor's own methods into a graph.
+    Packed sequences are for ``fastattn.varlen_attention``; here they are a mask with elements. A function, for
+    torch.compile takes no calls of a tensor's own methods into a graph.
     """
     rule = mask.rule
     options: dict[str, Any] = {}
     keys = rule.Lk
-    if not rule.is_native:
+    if not rule.is_native or mask.cu_seqlens is not None:
         return {"mask": mask.dense()}, keys
     if mask.keep is not None:
         options["mask"] = mask.keep[:, None, None, :]

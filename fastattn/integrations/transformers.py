@@ -18,7 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -130,7 +130,8 @@ def attention_forward(
         position_bias: Broadcastable to (B, Hq, Lq, Lk), added to the scores. Differentiable.
         head_mask: (1, Hq, 1, 1) or (B, Hq, 1, 1), a factor on each head's weights.
         output_attentions: Return the weights too, before dropout: the full matrix, computed a second time for it.
-        cu_seq_lens_q, cu_seq_lens_k: Packed sequences, which the mask function finds by itself from position_ids.
+        cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), int32: the ends of packed sequences in a batch of one. The mask
+            function finds them by itself where position_ids start anew.
 
     Returns:
         o, (B, Lq, Hq, Dv), contiguous, and the weights (B, Hq, Lq, Lk) or None.
@@ -149,17 +150,22 @@ def attention_forward(
     if scaling is None and getattr(module, "scale_attn_weights", None) is not None:
         scaling = _scaling_of_gpt2(module, D)
 
+    if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2:
+        attention_mask = _mask_of_packed(
+            attention_mask, module, query, key, is_causal, sliding_window, cu_seq_lens_q, cu_seq_lens_k
+        )
+    weights_too = output_attentions or _weights_are_wanted()
+    is_packed = isinstance(attention_mask, NativeMask) and attention_mask.cu_seqlens is not None
+    if is_packed and position_bias is None and not weights_too:
+        o = _attend_packed(attention_mask, query, key, value, scaling, softcap, s_aux, dropout)
+        return (o if head_mask is None else o * _checked_head_mask(head_mask, B, Hq).transpose(1, 2)), None
+
     if isinstance(attention_mask, NativeMask):
         options, keys = _options_of_native(attention_mask, B, Lq, Lk)
     elif attention_mask is None:
         options, keys = _options_without_mask(module, Lq, Lk, is_causal, sliding_window)
     else:
         options, keys = _options_of_tensor(attention_mask, Lk), Lk
-    if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2 and not _hides_by_tensor(attention_mask):
-        raise ValueError(
-            f"fastattn: cu_seq_lens_q has {cu_seq_lens_q.numel() - 1} sequences, and the mask says nothing of them;"
-            " packed sequences are told apart by position_ids that start anew with each: pass those too."
-        )
     if position_bias is not None:
         options["bias"] = _with_position_bias(position_bias, options.get("bias"), Lk)
     bias = options.get("bias")
@@ -176,7 +182,7 @@ def attention_forward(
 
     o = fastattn.attention(query, key, value, scale=scaling, dropout_p=dropout, **options)
     weights = None
-    if output_attentions or _weights_are_wanted():
+    if weights_too:
         weights = F.pad(fastattn.attention_weights(query, key, scale=scaling, **options), (0, Lk - keys))
     if head_mask is not None:
         head_mask = _checked_head_mask(head_mask, B, Hq)
@@ -257,9 +263,73 @@ def _options_of_tensor(mask: Tensor, Lk: int) -> dict[str, Any]:
     return {"bias": mask}
 
 
-def _hides_by_tensor(mask: Tensor | None) -> bool:
-    """Whether it may be the mask that tells packed sequences apart."""
-    return mask is not None and (not isinstance(mask, NativeMask) or mask.sequences is not None)
+def _mask_of_packed(
+    mask: Tensor | None,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor | None,
+) -> Tensor:
+    """The mask that cu_seq_lens_q adds to another one, which may know of the packed sequences itself."""
+    if mask is not None and (not isinstance(mask, NativeMask) or mask.cu_seqlens is not None):
+        return mask
+    B, _, L, _ = query.shape
+    rule = None if mask is None else mask.rule
+    padded = mask is not None and (mask.keep is not None or mask.lengths is not None)
+    same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q or bool(torch.equal(cu_seq_lens_k, cu_seq_lens_q))
+    cut = rule is not None and (rule.offset != 0 or rule.Lq != L or rule.Lk != L)
+    if B != 1 or key.shape[2] != L or padded or not same or cut:
+        raise ValueError(
+            f"fastattn: cu_seq_lens_q has {cu_seq_lens_q.numel() - 1} sequences, with queries {tuple(query.shape)} and"
+            f" keys {tuple(key.shape)}; packed sequences are served in a batch of one, with as many keys as queries,"
+            " without a cache and without padding: pass them so, or padded with an attention_mask."
+        )
+    if rule is None:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        left = None if sliding_window is None else sliding_window - 1
+        rule = Rule(1, L, L, 0, causal, left, None if causal else left)
+    cu_seqlens = cu_seq_lens_q.to(torch.int32)
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return NativeMask(replace(rule, longest=longest), query.device, cu_seqlens=cu_seqlens)
+
+
+def _attend_packed(
+    mask: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """o (B, L, Hq, Dv) of sequences that lie one after the other in the rows of a batch."""
+    rule, (B, _, L, _) = mask.rule, query.shape
+    if (rule.B, rule.Lq, rule.Lk) != (B, L, key.shape[2]):
+        raise ValueError(
+            f"fastattn: attention_mask has shape {tuple(mask.shape)}; packed sequences take a mask of the queries' and"
+            f" keys' own shape, {(B, 1, L, key.shape[2])}."
+        )
+    q, k, v = (x.transpose(1, 2).reshape(B * L, x.shape[1], x.shape[3]) for x in (query, key, value))
+    o = fastattn.varlen_attention(
+        q,
+        k,
+        v,
+        mask.cu_seqlens,
+        mask.cu_seqlens,
+        max_seqlen_q=rule.longest,
+        max_seqlen_k=rule.longest,
+        causal=rule.causal,
+        window=None if rule.left is None and rule.right is None else (rule.left, rule.right),
+        scale=scaling,
+        softcap=softcap,
+        sinks=None if s_aux is None else s_aux.reshape(-1),
+        dropout_p=dropout,
+    )
+    return o.contiguous().view(B, L, *o.shape[1:])
 
 
 def _with_position_bias(position_bias: Tensor, bias: Tensor | None, Lk: int) -> Tensor:
@@ -429,7 +499,8 @@ def attention_mask(
     if not _take_apart(mask_function or masking_utils.causal_mask_function, pattern):
         return dense(**no_skips)
     # 4.57 always passes a tensor that numbers the sequences of packed rows.
-    if any(bool((ids != ids[:, :1]).any()) for ids in pattern.sequences):
+    packed = [ids for ids in pattern.sequences if bool((ids != ids[:, :1]).any())]
+    if packed and (len(packed) > 1 or packed[0].shape != (batch_size, Lq) or attention_mask is not None):
         return dense(**no_skips)
 
     offset, ends = _where_rows_stand(Lq, kv_length, q_offset, kv_offset, cache_position, allow_is_causal_skip)
@@ -438,8 +509,12 @@ def attention_mask(
             return dense(**no_skips)
         offset, ends = 0, None  # of no importance to a rule without a diagonal
     rule = Rule(batch_size, Lq, kv_length, offset, pattern.causal, pattern.left, pattern.right)
-    if not rule.is_native:
+    if not rule.is_native or (packed and (rule.offset != 0 or Lq != kv_length)):
         return dense(**no_skips)
+    if packed:
+        cu_seqlens = _starts_and_end(packed[0])
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        return NativeMask(replace(rule, longest=longest), device, cu_seqlens=cu_seqlens)
 
     keep = attention_mask
     if keep is not None:
@@ -450,6 +525,13 @@ def attention_mask(
     if ends is not None:
         ends = ends.to(torch.int32).expand(batch_size)
     return NativeMask(rule, device, keep=keep, lengths=lengths, ends=ends)
+
+
+def _starts_and_end(ids: Tensor) -> Tensor:
+    """cu_seqlens of the sequences that ids (B, L) numbers, in B * L rows: one ends with each row of the batch."""
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=ids.numel()).to(torch.int32)
 
 
 def _where_rows_stand(
@@ -504,9 +586,13 @@ class _SdpaHere(TorchFunctionMode):
     """Calls of PyTorch's scaled_dot_product_attention in this thread are fastattn's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             func = fastattn.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
+            mask = kwargs.get("attn_mask")
+            if mask is not None and mask.ndim == 2:  # DistilBERT hands on the user's own: (B, Lk), 1 = keep
+                kwargs = {**kwargs, "attn_mask": (mask != 0)[:, None, None, :]}
+        return func(*args, **kwargs)
 
 
 @functools.cache
@@ -532,44 +618,49 @@ def _on_fastattn(sdpa_class: type[torch.nn.Module]) -> type[torch.nn.Module]:
 # Modules such as transformers.models.bert.modeling_bert have BERT_SELF_ATTENTION_CLASSES["sdpa"].
 _CLASSES = re.compile(r"[A-Z0-9_]+_ATTENTION_CLASSES")
 # How a layer's code computes attention, or asks for a function that does.
-_COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|_ATTENTION_FUNCTIONS")
+_COMPUTES = re.compile(r"[sS]oftmax\(|scaled_dot_product_attention\(|_ATTENTION_FUNCTIONS?\b")
 _ASKS = "_ATTENTION_FUNCTIONS"
+_LAYER = re.compile(r"^class \w*Attention\w*\(", re.MULTILINE)
 
 
-def _prepare(model_class: type) -> None:
-    """Before the layers of a model are built: make the classes that it needs, and warn where it asks for nothing."""
+def _prepare(model_class: type) -> bool:
+    """Before the layers of a model are built: make the classes that it needs. False: its layers cannot be served."""
     module = sys.modules.get(model_class.__module__)
-    named = {} if module is None else vars(module)
-    tables = {name: x for name, x in named.items() if _CLASSES.fullmatch(name) and isinstance(x, dict)}
-    for name, table in tables.items():
-        if "sdpa" in table:
+    if module is None:
+        return True
+    tables = [x for name, x in vars(module).items() if _CLASSES.fullmatch(name) and isinstance(x, dict)]
+    # A class for both, such as Falcon's, looks at the name of the implementation itself.
+    served = all("sdpa" in table and table["sdpa"] is not table.get("eager") for table in tables)
+    code = _code_of(module)
+    if tables and served:
+        for table in tables:
             table.setdefault(NAME, _on_fastattn(table["sdpa"]))
-        elif NAME not in table:
-            raise ValueError(
-                f'fastattn: {model_class.__name__} has no layers for attn_implementation="{NAME}": {name} knows'
-                f' {sorted(table)}; use attn_implementation="eager" for it.'
-            )
-    if not tables and module is not None:
-        _warn_bypass(module, model_class.__name__)
+        return True
+    if not tables and (_ASKS in code or not _COMPUTES.search(code) or not _LAYER.search(code)):
+        return True
+    _warn_bypass(model_class)
+    return False
 
 
 @functools.cache
-def _warn_bypass(module: Any, name: str) -> None:
-    """Warns once for each class."""
+def _code_of(module_or_class: Any) -> str:
     try:
-        code = inspect.getsource(module)
+        return inspect.getsource(module_or_class)
     except (OSError, TypeError):
-        return
-    if _ASKS not in code and _COMPUTES.search(code) and re.search(r"^class \w*Attention\w*\(", code, re.MULTILINE):
-        from transformers import __version__
+        return ""
 
-        warnings.warn(
-            f"fastattn: {name} of transformers {__version__} computes attention in its own code and asks for no"
-            f' attn_implementation: "{NAME}" changes nothing in it. fastattn.integrations.transformers.check(model)'
-            " lists such layers.",
-            RuntimeWarning,
-            stacklevel=7,
-        )
+
+@functools.cache
+def _warn_bypass(model_class: Any) -> None:
+    from transformers import __version__
+
+    warnings.warn(
+        f"fastattn: {model_class.__name__} of transformers {__version__} computes attention in its own code, with"
+        f' no place for another: instead of "{NAME}" it is built as "eager".'
+        " fastattn.integrations.transformers.check(model) lists such layers.",
+        RuntimeWarning,
+        stacklevel=7,
+    )
 
 
 # --- Registration -----------------------------------------------------------------------------------------------------
@@ -589,7 +680,7 @@ def register() -> str:
     Rows that are padding themselves may come out different from "eager", which gives them an average of everything.
 
     Some models have no layers that ask for an implementation. transformers 4 has many, T5 among them, and a warning
-    says so here. In any version, building such a model with "fastattn" warns by name, once for each class, and `check`
+    says so here. In any version such a model is built as "eager", a warning names it, once for each class, and `check`
     says it of every layer. docs/transformers.md has the table.
 
     A second call does nothing. `unregister` undoes it.
@@ -626,8 +717,9 @@ def register() -> str:
 
         @functools.wraps(original)
         def get_correct_attn_implementation(self: Any, requested: str | None, *args: Any, **kwargs: Any) -> Any:
-            if requested == NAME:
-                _prepare(type(self))
+            # Code that adds masks to scores must get those of "eager", which are floats.
+            if requested == NAME and not _prepare(type(self)):
+                requested = "eager"
             return original(self, requested, *args, **kwargs)
 
         get_correct_attn_implementation._fastattn_original = original  # type: ignore[attr-defined]
@@ -635,8 +727,8 @@ def register() -> str:
     if not known and (version := _version())[0] == 4:
         warnings.warn(
             f"fastattn: in transformers {'.'.join(map(str, version))} T5, mT5, LongT5, BLOOM, DeBERTa, XLNet and others"
-            f' compute attention in their own code: attn_implementation="{NAME}" changes nothing in them, and building'
-            " one warns. docs/transformers.md says which; T5 and its relatives are served in transformers 5.",
+            f' compute attention in their own code: instead of "{NAME}" they are built as "eager", with a warning.'
+            " docs/transformers.md says which; T5 and its relatives are served by newer releases of transformers 5.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -729,7 +821,7 @@ def check(model: torch.nn.Module) -> ServedAttention:
     served, left = [], {}
     for name, module in model.named_modules():
         kind: Any = type(module)
-        if "attention" in kind.__name__.lower() and _COMPUTES.search(code := _code_of(kind)):
+        if "attention" in kind.__name__.lower() and _COMPUTES.search(code := _code_of_layer(kind)):
             reason = _why_left(module, code)
             if reason is None:
                 served.append(name)
@@ -738,18 +830,14 @@ def check(model: torch.nn.Module) -> ServedAttention:
     return ServedAttention(tuple(served), left)
 
 
-@functools.cache
-def _code_of(module_class: Any) -> str:
-    """The source of a class as far as it has one of its own, and of those that it has its forward from."""
+def _code_of_layer(layer_class: Any) -> str:
+    """The source of a class, and of those that it has its forward from."""
     texts = []
-    for base in module_class.__mro__:
+    for base in layer_class.__mro__:
         if base is torch.nn.Module:
             break
-        try:
-            texts.append(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-        if "forward" in vars(base):
+        texts.append(_code_of(base))
+        if "forward" in vars(base) and texts[-1]:
             break
     return "\n".join(texts)
 
