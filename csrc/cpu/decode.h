@@ -10,7 +10,7 @@
 // the rate (Zen 4, keys and values that no cache holds).
 //
 // Online softmax over the blocks as in forward.h. An item may be a part of the keys: it then leaves its sums, and
-// merge_item_as adds up the parts. Handles everything in core/params.h but dropout, additive scores and float64.
+// merge_rows adds up the parts. Handles everything in core/params.h but dropout, additive scores and float64.
 #pragma once
 
 #include "core/sequence.h"
@@ -117,7 +117,7 @@ inline void find_rows(const AttentionParams& p, const DecodeItem& item, int64_t 
     }
     c += run.count;
   }
-  for (int64_t c = nk; c < kDecodeKeys; ++c) {
+  for (int64_t c = nk; c < Keys::kBlockKeys; ++c) {
     block->k[c] = block->v[c] = zeros;
     if constexpr (Keys::kScaled) block->k_scale[c] = block->v_scale[c] = 0.0f;
   }
@@ -442,13 +442,13 @@ inline void decode_item_as(const AttentionParams& p, const DecodeItem& item, cha
     }
     DecodeBlock* block = &scratch.block[0];
     DecodeBlock* next = &scratch.block[1];
-    find_rows<Keys>(p, item, seen.begin, min_i64(kDecodeKeys, seen.end - seen.begin), scratch.zeros, block);
+    find_rows<Keys>(p, item, seen.begin, min_i64(Keys::kBlockKeys, seen.end - seen.begin), scratch.zeros, block);
     RowFetch(block->k, block->nk, p.D * static_cast<int64_t>(sizeof(Raw))).rest();
     RowFetch(block->v, block->nk, p.Dv * static_cast<int64_t>(sizeof(Raw))).rest();
-    for (int64_t j = seen.begin; j < seen.end; j += kDecodeKeys) {
-      const int64_t keys_left = seen.end - (j + kDecodeKeys);
+    for (int64_t j = seen.begin; j < seen.end; j += Keys::kBlockKeys) {
+      const int64_t keys_left = seen.end - (j + Keys::kBlockKeys);
       if (keys_left > 0) {
-        find_rows<Keys>(p, item, j + kDecodeKeys, min_i64(kDecodeKeys, keys_left), scratch.zeros, next);
+        find_rows<Keys>(p, item, j + Keys::kBlockKeys, min_i64(Keys::kBlockKeys, keys_left), scratch.zeros, next);
       }
       const TileKind kind = block_mask(p, g, item, *block, rows, scratch.keep);
       if (kind != TileKind::kSkip) {

@@ -15,9 +15,9 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-// Keys of a block: as many as leave scores and weights in the first-level cache, and the next block's rows in the
-// second.
-constexpr int64_t kDecodeKeys = 64;
+// Keys of a block at most. They are as many as leave scores and weights in the first-level cache, and the next block's
+// rows in the second: 64, or 128 of an int8 cache, whose rows are short and for which blocks are to be longer.
+constexpr int64_t kDecodeKeys = 128;
 constexpr int64_t kKeyWords = kDecodeKeys / 64;  // 64 keys in a word of a mask
 constexpr int64_t kRowTile = 4;                  // rows of an item are padded to whole tiles
 
@@ -32,6 +32,7 @@ struct FloatKeys {
   static constexpr bool kPairs = false;
   static constexpr bool kScaled = sizeof(Raw) == 1;  // rows are numbers times a scale of their own
   static constexpr bool kQuantises = false;
+  static constexpr int64_t kBlockKeys = 64;
   static constexpr int kExp2Degree = 5;
   static constexpr int64_t kStep = kLanes;
 
@@ -61,6 +62,7 @@ struct Bf16Keys {
   static constexpr bool kPairs = true;
   static constexpr bool kScaled = false;
   static constexpr bool kQuantises = false;
+  static constexpr int64_t kBlockKeys = 64;
   static constexpr int kExp2Degree = 3;
   static constexpr int64_t kStep = 2 * kLanes;
 
@@ -84,6 +86,7 @@ struct Int8Keys {
   static constexpr bool kPairs = true;
   static constexpr bool kScaled = true;
   static constexpr bool kQuantises = true;
+  static constexpr int64_t kBlockKeys = 128;
   static constexpr int kExp2Degree = 3;
   static constexpr int64_t kStep = 2 * kLanes;
 

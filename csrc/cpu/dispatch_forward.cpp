@@ -25,7 +25,7 @@ constexpr int64_t kLeastKeys = 256;
 KeyParts cut_keys(const AttentionParams& p, int64_t b, int64_t items) {
   // Parts enough for this many items, as long as each has so many keys; and more where a part would have too many for
   // a batch of sequences of very different lengths.
-  constexpr int64_t kItems = 32, kMostKeys = 4096, kKeyMultiple = 64;
+  constexpr int64_t kItems = 16, kMostKeys = 4096, kKeyMultiple = 64;
   const TileRange seen = key_range(mask_geometry(p, b), 0, p.Lq);
   const int64_t keys = seen.end - seen.begin;
   const int64_t parts = max_i64(min_i64(ceil_div(kItems, items), keys / kLeastKeys), ceil_div(keys, kMostKeys));
@@ -58,9 +58,8 @@ struct ForwardPart {
 // Few rows make poor use of tiles whose lanes are rows. Where row_max and row_sum are kept, a backward pass follows: its
 // weights are exp(score - row_max) of scores that it computes again, as forward.h does to the bit, and decode.h not.
 bool decodes(const AttentionParams& p) {
-  // D = 128, 40 to 512 keys in the second-level cache (Zen 4, AVX-512): against tiles, 1 to 4 rows of one head took 0.22
-  // to 0.5 of the time, 8 rows 0.6, 15 would take as much as 16, and 16 took 1.0 to 1.15; with 4 heads in a group, 4 rows
-  // 0.26 to 0.36 and 16 rows 0.97 to 1.15. bfloat16 and float32 alike.
+  // Of the time that tiles take (D = 128, 512 keys in the second-level cache, bfloat16 and float32 on AVX-512), 1 row of
+  // a head took 0.23 to 0.57, 8 rows 0.54 to 0.59, 12 rows 0.8, 16 rows 1.0 to 1.1: docs/experiments.md has more.
   constexpr int64_t kMostRowsOfHead = 15;
   return p.Lq <= kMostRowsOfHead && p.w == nullptr && p.dropout_p == 0.0 && p.row_max == nullptr &&
          p.row_sum == nullptr && !is_small_forward(p);
