@@ -25,39 +25,45 @@ struct DecodeBlock {
   int64_t j0, nk;
   const char* k[kDecodeKeys];
   const char* v[kDecodeKeys];
-  float k_scale[kDecodeKeys], v_scale[kDecodeKeys];  // of an int8 cache
+  // Of an int8 cache; with the largest size of v's, and 0, or NaN where one of them is infinite or NaN.
+  float k_scale[kDecodeKeys], v_scale[kDecodeKeys];
+  float v_scale_top, v_scale_check;
 };
 
 // One worker's memory.
 struct DecodeScratch {
-  float* q;  // [rows / kQuads][units / 4][kLanes]: a quad of units of each row; in float arithmetic times scale
+  float* q;  // [rows][query_floats]: in float arithmetic times scale
   float* s;  // [rows][kDecodeKeys] scores, then weights; those of pairs in the first half of a row
   float* o;  // [rows][padded Dv], not yet divided by the row sums
   RowScratch rows;
-  float* block_max;    // [rows]
-  float* sinks;        // [rows]
-  float* quantum;      // [rows] scale times the value of a quantum of q, where q is quantised
+  float* block_max;  // [rows]
+  float* sinks;      // [rows]
+  // Where queries and weights are quantised, [rows]: scale times what a quantum of q is, what a quantum of the block's
+  // weights times v_scale is, and how many of them make 1.
+  float* q_quantum;
+  float* w_quantum;
+  float* w_quanta;
   uint64_t* keep;      // [rows][kKeyWords], bit c for key c of the block
-  float* k;            // [kKeyGroup][padded D], where K is not read as it lies
   char* zeros;         // a row of zeros
   DecodeBlock* block;  // [2]: the one at hand, and the next
 };
 
 // Floats of a row of scratch.
-FASTATTN_FN int64_t decode_width(int64_t columns) { return round_up(columns, 4 * kLanes); }
+FASTATTN_FN int64_t decode_width(int64_t columns) { return round_up(columns, 2 * kLanes); }
 
 inline DecodeScratch decode_scratch(const AttentionParams& p, char* memory, size_t* bytes) {
   Arena arena{memory};
   DecodeScratch s;
-  s.q = arena.take<float>(kBlockRows * (decode_width(p.D) + kLanes));
+  s.q = arena.take<float>((kBlockRows + 1) * decode_width(p.D));  // rows are packed beyond their end
   s.s = arena.take<float>(kBlockRows * kDecodeKeys);
   s.o = arena.take<float>(kBlockRows * decode_width(p.Dv));
   s.rows = row_scratch(&arena);
   s.block_max = arena.take<float>(kBlockRows);
   s.sinks = arena.take<float>(kBlockRows);
-  s.quantum = arena.take<float>(kBlockRows);
+  s.q_quantum = arena.take<float>(kBlockRows);
+  s.w_quantum = arena.take<float>(kBlockRows);
+  s.w_quanta = arena.take<float>(kBlockRows);
   s.keep = arena.take<uint64_t>(kBlockRows * kKeyWords);
-  s.k = arena.take<float>(kKeyGroup * decode_width(p.D));
   s.zeros = arena.take<char>(4 * decode_width(max_i64(p.D, p.Dv)));
   s.block = arena.take<DecodeBlock>(2);
   if (bytes != nullptr) *bytes = static_cast<size_t>(arena.at - memory);
@@ -70,6 +76,17 @@ struct DecodeRow {
 };
 FASTATTN_FN DecodeRow decode_row(const AttentionParams& p, const DecodeItem& item, int64_t r) {
   return {item.hq0 + r / p.Lq, r % p.Lq};
+}
+
+// Fetches a line of each page that rows lie in. Translating an address that no TLB holds takes longer than instructions
+// can be executed out of order, but several are translated at the same time.
+FASTATTN_FN void touch_pages(const void* rows, int64_t stride_bytes, int64_t count) {
+  constexpr int64_t kPage = 4096;
+  const int64_t distance = stride_bytes < 0 ? -stride_bytes : stride_bytes;
+  const int64_t step = distance >= kPage || distance == 0 ? 1 : kPage / distance;
+  for (int64_t t = 0; t < count; t += step) {
+    __builtin_prefetch(static_cast<const char*>(rows) + t * stride_bytes, 0, 2);
+  }
 }
 
 // Keys [j0, j0 + nk), and zeros for the rest of the block.
@@ -88,6 +105,8 @@ inline void find_rows(const AttentionParams& p, const DecodeItem& item, int64_t 
       block->k[c + t] = reinterpret_cast<const char*>(k + t * p.k_stride[2]);
       block->v[c + t] = reinterpret_cast<const char*>(v + t * p.v_stride[2]);
     }
+    touch_pages(k, p.k_stride[2] * static_cast<int64_t>(sizeof(Raw)), run.count);
+    touch_pages(v, p.v_stride[2] * static_cast<int64_t>(sizeof(Raw)), run.count);
     if constexpr (Keys::kScaled) {
       const float* k_scale = row_at<const float>(p.k_scale, p.k_scale_stride, run.batch, hkv, run.row);
       const float* v_scale = row_at<const float>(p.v_scale, p.v_scale_stride, run.batch, hkv, run.row);
@@ -102,6 +121,16 @@ inline void find_rows(const AttentionParams& p, const DecodeItem& item, int64_t 
     block->k[c] = block->v[c] = zeros;
     if constexpr (Keys::kScaled) block->k_scale[c] = block->v_scale[c] = 0.0f;
   }
+  if constexpr (Keys::kQuantises) {
+    Vf top = vzero(), check = vzero();
+    for (int64_t c = 0; c < nk; c += kLanes) {
+      const Vf x = vload(block->v_scale + c);
+      top = vmax(top, vabs(x));
+      check = vfma(x, vzero(), check);
+    }
+    block->v_scale_top = vreduce_max(top);
+    block->v_scale_check = vreduce_add(check);
+  }
 }
 
 // ---- S = Q K^T -----------------------------------------------------------------------------------------------------
@@ -109,71 +138,64 @@ inline void find_rows(const AttentionParams& p, const DecodeItem& item, int64_t 
 template <class Keys, class Element>
 inline void pack_queries(const AttentionParams& p, const DecodeItem& item, int64_t rows, const DecodeScratch& scratch) {
   using Raw = typename Element::Raw;
-  const int64_t units = Keys::units(p.D), width = decode_width(p.D);
-  const Vf scale = vset(Keys::kQuantises ? 1.0f : static_cast<float>(p.scale));
-  float* row = scratch.k;
-  for (int64_t r = 0; r < round_up(rows, kRowTile); ++r) {
-    if (r < rows) {
-      const DecodeRow at = decode_row(p, item, r);
-      const Raw* q = row_at<const Raw>(p.q, p.q_stride, item.b, at.hq, at.i);
-      if constexpr (Keys::kPairs) {
-        Keys::copy(row, reinterpret_cast<const char*>(q), p.D);
-      } else {
-        for (int64_t d = 0; d < width; d += kLanes) {
-          vstore(row + d, d < p.D ? vmul(scale, Element::load_first(q + d, p.D - d)) : vzero());
-        }
-      }
+  const int64_t q_stride = query_floats<Keys>(p.D), width = decode_width(p.D);
+  const Vf scale = vset(Keys::kPairs ? 1.0f : static_cast<float>(p.scale));
+  for (int64_t r = 0; r < rows; ++r) {
+    const DecodeRow at = decode_row(p, item, r);
+    const Raw* q = row_at<const Raw>(p.q, p.q_stride, item.b, at.hq, at.i);
+    float* to = scratch.q + r * q_stride;  // of pairs the next row is half of this one's floats away, and comes later
+    if constexpr (Keys::kPairs && !Keys::kQuantises) {
+      memset(to, 0, sizeof(float) * static_cast<size_t>(q_stride));
+      memcpy(to, q, sizeof(Raw) * static_cast<size_t>(p.D));
     } else {
-      memset(row, 0, sizeof(float) * static_cast<size_t>(width));
+      for (int64_t d = 0; d < width; d += kLanes) {
+        vstore(to + d, d < p.D ? vmul(scale, Element::load_first(q + d, p.D - d)) : vzero());
+      }
     }
 #if FASTATTN_BF16_DOT
     if constexpr (Keys::kQuantises) {
-      scratch.quantum[r] = static_cast<float>(p.scale) * quantise_query(row, units, r, scratch.q);
-      continue;
+      scratch.q_quantum[r] = static_cast<float>(p.scale) * quantise(to, width, Keys::quanta(p.D));
     }
 #endif
-    float* to = scratch.q + r / kQuads * units * kQuads + r % kQuads * 4;
-    for (int64_t u = 0; u < units; u += 4) memcpy(to + u * kQuads, row + u, 4 * sizeof(float));
+  }
+  const int64_t padding = round_up(rows, kRowTile) - rows;
+  memset(scratch.q + rows * q_stride, 0, sizeof(float) * static_cast<size_t>(padding * q_stride));
+}
+
+// s[row][key] of R rows.
+template <class Keys, int R>
+inline void score_rows_of_block(const AttentionParams& p, const DecodeBlock& block, const DecodeBlock* next, int64_t r,
+                                const DecodeScratch& scratch) {
+  constexpr int64_t NK = kLanes / R;
+  const int64_t row_bytes = p.D * static_cast<int64_t>(sizeof(typename Keys::Raw));
+  const float* q = scratch.q + r * query_floats<Keys>(p.D);
+  for (int64_t c = 0; c < block.nk; c += NK) {
+    RowFetch fetch(next != nullptr ? next->k + c : block.k, next != nullptr ? NK : 0, row_bytes);
+    score_keys<Keys, R>(block.k + c, q, p.D, scratch.s + r * kDecodeKeys + c, &fetch);
+    fetch.rest();
   }
 }
 
-// s[row][key] of a block.
+// Calls body.template operator()<R>(r) for tiles of R rows from r on: of 4, at last of 1 or 2 where that is enough.
+template <class Body>
+FASTATTN_FN void for_each_row_tile(int64_t rows, const Body& body) {
+  for (int64_t r = 0; r < rows; r += kRowTile) {
+    if (rows - r == 1) {
+      body.template operator()<1>(r);
+    } else if (rows - r == 2) {
+      body.template operator()<2>(r);
+    } else {
+      body.template operator()<4>(r);
+    }
+  }
+}
+
+// s[row][key] of a block; meanwhile the rows of K of the next one, if any, are fetched.
 template <class Keys>
 inline void score_block(const AttentionParams& p, const DecodeBlock& block, const DecodeBlock* next, int64_t rows,
                         const DecodeScratch& scratch) {
-  constexpr int kPaired = kPanelVectors == 4 ? 8 : 4;  // keys beside two vectors of rows, in 32 or 16 registers
-  const int64_t units = Keys::units(p.D), width = decode_width(p.D);
-  const int64_t k_bytes = p.D * static_cast<int64_t>(sizeof(typename Keys::Raw));
-  const bool in_place = Keys::in_place(p.D);
-  const char* copies[kKeyGroup];
-  for (int64_t t = 0; t < kKeyGroup; ++t) copies[t] = reinterpret_cast<const char*>(scratch.k + t * width);
-  for (int64_t c = 0; c < block.nk; c += kKeyGroup) {
-    if (next != nullptr) {
-      for (int64_t t = 0; t < kKeyGroup; ++t) fetch_row(next->k[c + t], k_bytes);
-    }
-    const char* const* k = block.k + c;
-    if (!in_place) {
-      for (int64_t t = 0; t < kKeyGroup; ++t) Keys::copy(scratch.k + t * width, k[t], p.D);
-      k = copies;
-    }
-    if constexpr (!Keys::kQuantises) {
-      int64_t r = 0;
-      for (; r + kQuads < rows; r += 2 * kQuads) {
-        for (int64_t t = 0; t < kKeyGroup; t += kPaired) {
-          score_keys<Keys, 2, kPaired>(k + t, scratch.q + r * units, units, scratch.s + r * kDecodeKeys + c + t);
-        }
-      }
-      if (r < rows) score_keys<Keys, 1, kKeyGroup>(k, scratch.q + r * units, units, scratch.s + r * kDecodeKeys + c);
-    }
-#if FASTATTN_BF16_DOT
-    else {
-      for (int64_t r = 0; r < rows; r += kQuads) {
-        score_keys_int8(k, scratch.q + r / kQuads * quantised_query_floats(units), units,
-                        scratch.s + r * kDecodeKeys + c);
-      }
-    }
-#endif
-  }
+  for_each_row_tile(
+      rows, [&]<int R>(int64_t r) { score_rows_of_block<Keys, R>(p, block, r == 0 ? next : nullptr, r, scratch); });
 }
 
 // ---- Masks, modifiers, softmax -------------------------------------------------------------------------------------
@@ -257,24 +279,29 @@ inline void modify_row(const AttentionParams& p, const MaskGeometry& g, const De
 template <class Keys>
 inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const DecodeItem& item,
                         const DecodeBlock& block, TileKind kind, int64_t rows, const DecodeScratch& scratch) {
-  const float factor = Keys::kPairs ? static_cast<float>(p.scale) : 1.0f;
+  const float factor = Keys::kPairs && !Keys::kQuantises ? static_cast<float>(p.scale) : 1.0f;
   // Lanes beyond the block's last key hold anything: they are hidden as keys are.
   const bool are_modified = has_modifiers(p) || factor <= 0.0f || kind == TileKind::kPartial || block.nk % kLanes != 0;
   const float rest = are_modified ? 1.0f : factor;  // still to be applied, and positive
   for (int64_t r = 0; r < rows; ++r) {
     float* s = scratch.s + r * kDecodeKeys;
+    Vf top = vset(-__builtin_inff());
     if constexpr (Keys::kScaled) {
-      const Vf quantum = vset(Keys::kQuantises ? scratch.quantum[r] : 1.0f);
+      const Vf quantum = vset(Keys::kQuantises ? scratch.q_quantum[r] : 1.0f);
       for (int64_t c = 0; c < block.nk; c += kLanes) {
-        vstore(s + c, vmul(vload(s + c), vmul(quantum, vload(block.k_scale + c))));
+        const Vf x = vmul(vload(s + c), vmul(quantum, vload(block.k_scale + c)));
+        vstore(s + c, x);
+        top = vmax(top, x);
       }
     }
     if (are_modified) {
       const uint64_t* keep = kind == TileKind::kPartial ? scratch.keep + r * kKeyWords : nullptr;
       modify_row(p, g, item, block, r, factor, keep, s);
     }
-    Vf top = vset(-__builtin_inff());
-    for (int64_t c = 0; c < block.nk; c += kLanes) top = vmax(top, vload(s + c));
+    if (are_modified || !Keys::kScaled) {
+      top = vset(-__builtin_inff());
+      for (int64_t c = 0; c < block.nk; c += kLanes) top = vmax(top, vload(s + c));
+    }
     scratch.block_max[r] = vreduce_max(top) * rest;
   }
   const Vf minus_infinity = vset(-__builtin_inff());
@@ -285,6 +312,11 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
     const Vf base = vselect(vequal(new_max, minus_infinity), vzero(), new_max);
     vstore(scratch.rows.row_max + r, new_max);
     vstore(scratch.rows.rescale + r, vexp(vsub(old_max, base)));
+    if constexpr (Keys::kQuantises) {
+      const Vf largest = vmul(vexp(vsub(vload(scratch.block_max + r), base)), vset(block.v_scale_top));
+      vstore(scratch.w_quanta + r, quanta_of_one(largest, kWeightQuanta));
+      vstore(scratch.w_quantum + r, vfma(largest, vset(1.0f / kWeightQuanta), vset(block.v_scale_check)));
+    }
     vstore(scratch.block_max + r, base);
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -293,13 +325,20 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
     Vf sum = vzero();
     if constexpr (!Keys::kPairs) {
       for (int64_t c = 0; c < block.nk; c += kLanes) {
-        const Vf w = vexp2<Keys::kExp2Degree>(vmul(vsub(vload(s + c), base), vset(kLog2e)));
+        const Vf w = vexp(vsub(vload(s + c), base));
         sum = vadd(sum, w);
         vstore(s + c, Keys::kScaled ? vmul(w, vload(block.v_scale + c)) : w);
       }
     }
 #if FASTATTN_BF16_DOT
-    else {
+    else if constexpr (Keys::kQuantises) {
+      const Vf quanta = vset(scratch.w_quanta[r]), log2e = vset(kLog2e);
+      for (int64_t c = 0; c < block.nk; c += kLanes) {
+        const Vf w = vexp2<Keys::kExp2Degree>(vmul(vsub(vload(s + c), base), log2e));
+        sum = vadd(sum, w);
+        vistore_shorts(s + c / 2, vround(vmul(w, vmul(quanta, vload(block.v_scale + c)))));
+      }
+    } else {
       // Large and equal scores (a finite mask) must be subtracted first; plain products are of ordinary size.
       const Vf log2e = vset(kLog2e), shift = vmul(base, vset(-kLog2e)), scale_log2e = vset(rest * kLog2e);
       for (int64_t c = 0; c < block.nk; c += 2 * kLanes) {
@@ -323,48 +362,33 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
 // ---- O = P V -------------------------------------------------------------------------------------------------------
 
 template <class Keys, int RT>
-inline void sum_values_of_rows(const AttentionParams& p, const DecodeBlock& block, const char* const* next, int64_t r,
+inline void sum_values_of_rows(const AttentionParams& p, const DecodeBlock& block, const DecodeBlock* next, int64_t r,
                                const DecodeScratch& scratch) {
-  float* w = scratch.s + r * kDecodeKeys;
+  // As many accumulators as registers allow; the fewer the rows, the more of a row of V is taken at a time.
+  constexpr int NV = kPanelVectors == 4 ? (RT == 4 ? 4 : 8) : RT == 4 ? 2 : 4;
+  constexpr int kTailVectors = Keys::kPairs ? 2 : 1;
+  const float* w = scratch.s + r * kDecodeKeys;
   const float* rescale = scratch.rows.rescale + r;
+  const float* quantum = scratch.w_quantum + r;
   const int64_t width = decode_width(p.Dv);
   float* o = scratch.o + r * width;
+  RowFetch fetch(next != nullptr ? next->v : block.v, next != nullptr ? next->nk : 0,
+                 p.Dv * static_cast<int64_t>(sizeof(typename Keys::Raw)));
   int64_t d = 0;
-#if FASTATTN_BF16_DOT
-  if constexpr (Keys::kQuantises) {
-    WeightQuanta quanta[RT];
-    for (int t = 0; t < RT; ++t) quanta[t] = quantise_weights(w + t * kDecodeKeys, block.nk);
-    for (; d < p.Dv; d += kInt8Dims) {
-      sum_values_int8<RT>(w, block.v, next, block.nk, d, p.Dv, quanta, rescale, o, width);
-    }
+  for (; d + NV * kLanes <= p.Dv; d += NV * kLanes) {
+    sum_values<Keys, RT, NV, false>(w, block.v, block.nk, d, p.Dv, rescale, quantum, o, width, &fetch);
   }
-#endif
-  if constexpr (!Keys::kQuantises) {
-    // As many accumulators as registers allow; the fewer the rows, the more of a row of V is taken at a time.
-    constexpr int NV = kPanelVectors == 4 ? (RT == 4 ? 4 : 8) : RT == 4 ? 2 : 4;
-    constexpr int kTailVectors = Keys::kPairs ? 2 : 1;
-    for (; d + NV * kLanes <= p.Dv; d += NV * kLanes) {
-      sum_values<Keys, RT, NV, false>(w, block.v, next, block.nk, d, p.Dv, rescale, o, width);
-    }
-    for (; d < p.Dv; d += kTailVectors * kLanes) {
-      sum_values<Keys, RT, kTailVectors, true>(w, block.v, next, block.nk, d, p.Dv, rescale, o, width);
-    }
+  for (; d < p.Dv; d += kTailVectors * kLanes) {
+    sum_values<Keys, RT, kTailVectors, true>(w, block.v, block.nk, d, p.Dv, rescale, quantum, o, width, &fetch);
   }
+  fetch.rest();
 }
 
 template <class Keys>
 inline void sum_block(const AttentionParams& p, const DecodeBlock& block, const DecodeBlock* next, int64_t rows,
                       const DecodeScratch& scratch) {
-  for (int64_t r = 0; r < rows; r += kRowTile) {
-    const char* const* fetched = r == 0 && next != nullptr ? next->v : nullptr;
-    if (rows - r == 1) {
-      sum_values_of_rows<Keys, 1>(p, block, fetched, r, scratch);
-    } else if (rows - r == 2) {
-      sum_values_of_rows<Keys, 2>(p, block, fetched, r, scratch);
-    } else {
-      sum_values_of_rows<Keys, 4>(p, block, fetched, r, scratch);
-    }
-  }
+  for_each_row_tile(
+      rows, [&]<int R>(int64_t r) { sum_values_of_rows<Keys, R>(p, block, r == 0 ? next : nullptr, r, scratch); });
 }
 
 // ---- The whole -----------------------------------------------------------------------------------------------------
@@ -419,7 +443,8 @@ inline void decode_item_as(const AttentionParams& p, const DecodeItem& item, cha
     DecodeBlock* block = &scratch.block[0];
     DecodeBlock* next = &scratch.block[1];
     find_rows<Keys>(p, item, seen.begin, min_i64(kDecodeKeys, seen.end - seen.begin), scratch.zeros, block);
-    for (int64_t c = 0; c < block->nk; ++c) fetch_row(block->v[c], p.Dv * static_cast<int64_t>(sizeof(Raw)));
+    RowFetch(block->k, block->nk, p.D * static_cast<int64_t>(sizeof(Raw))).rest();
+    RowFetch(block->v, block->nk, p.Dv * static_cast<int64_t>(sizeof(Raw))).rest();
     for (int64_t j = seen.begin; j < seen.end; j += kDecodeKeys) {
       const int64_t keys_left = seen.end - (j + kDecodeKeys);
       if (keys_left > 0) {
@@ -437,11 +462,6 @@ inline void decode_item_as(const AttentionParams& p, const DecodeItem& item, cha
       next = done;
     }
   }
-#if FASTATTN_BF16_DOT
-  if constexpr (Keys::kQuantises) {
-    for (int64_t r = 0; r < rows; ++r) order_dims(scratch.o + r * width, p.Dv);
-  }
-#endif
   if (item.partial != nullptr) {
     for (int64_t r = 0; r < rows; ++r) {
       const DecodeRow at = decode_row(p, item, r);

@@ -149,11 +149,10 @@ FASTATTN_FN Vf vload_i8_first(const int8_t* p, int64_t n) {
   return vload_i8(buffer);
 }
 
-FASTATTN_FN Vf vload_quad(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
-FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) { return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); }
-FASTATTN_FN void vstore_quads(float* p, int64_t stride, Vf x) {
-  _mm_storeu_ps(p, _mm256_castps256_ps128(x));
-  _mm_storeu_ps(p + stride, _mm256_extractf128_ps(x, 1));
+FASTATTN_FN Vf vadd_lanes(const Vf (&x)[kLanes]) {
+  const Vf low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  const Vf high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+  return vadd(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {

@@ -122,19 +122,34 @@ FASTATTN_FN Vf vload_i8_first(const int8_t* p, int64_t n) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
 }
 
-FASTATTN_FN Vf vload_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
-// Pairs of vectors are interleaved and added twice: first halves of quads, then what is left of them.
-FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) {
-  const __m512d ab = _mm512_castps_pd(vadd(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-  const __m512d cd = _mm512_castps_pd(vadd(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-  return vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+// Lanes of pairs of vectors are brought side by side and added, in four rounds that halve the number of vectors.
+template <bool kIntegers>
+FASTATTN_FN Vf add_as(Vf a, Vf b) {
+  return kIntegers ? vbits_as_float(viadd(vbits_as_int(a), vbits_as_int(b))) : vadd(a, b);
 }
-FASTATTN_FN void vstore_quads(float* p, int64_t stride, Vf x) {
-  _mm_storeu_ps(p, _mm512_castps512_ps128(x));
-  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(x, 1));
-  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(x, 2));
-  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(x, 3));
+template <bool kIntegers>
+FASTATTN_FN Vf add_lanes_as(const Vf (&x)[kLanes]) {
+  Vf pairs[8], quads[4], halves[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const Vf a = x[2 * i], b = x[2 * i + 1];
+    pairs[i] = add_as<kIntegers>(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    quads[i] =
+        add_as<kIntegers>(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Vf a = quads[2 * i], b = quads[2 * i + 1];
+    halves[i] = add_as<kIntegers>(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  }
+  return add_as<kIntegers>(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                           _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
 }
+FASTATTN_FN Vf vadd_lanes(const Vf (&x)[kLanes]) { return add_lanes_as<false>(x); }
 
 // r[i] lane j <-> r[j] lane i, in four rounds that swap blocks of 1, 2, 4 and 8 lanes.
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
@@ -192,25 +207,20 @@ FASTATTN_FN void vinterleave_rows(Vi low, Vi high, Vi* first, Vi* second) {
   *first = _mm512_permutex2var_epi16(low, _mm512_load_si512(kInterleaveLow), high);
   *second = _mm512_permutex2var_epi16(low, _mm512_load_si512(kInterleaveHigh), high);
 }
-// Four unsigned bytes of u times four signed ones of s, in every lane.
-FASTATTN_FN Vi vdot_bytes(Vi acc, Vi u, Vi s) { return _mm512_dpbusd_epi32(acc, u, s); }
+// Two 16-bit integers of a times those of b, in every lane.
+FASTATTN_FN Vi vdot_i16(Vi acc, Vi a, Vi b) { return _mm512_dpwssd_epi32(acc, a, b); }
+FASTATTN_FN Vi viadd_lanes(const Vi (&x)[kLanes]) {
+  Vf bits[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) bits[i] = vbits_as_float(x[i]);
+  return vbits_as_int(add_lanes_as<true>(bits));
+}
 FASTATTN_FN Vi vround(Vf x) { return _mm512_cvtps_epi32(x); }
-template <int kBits>
-FASTATTN_FN Vi vishift_left(Vi a) {
-  return _mm512_slli_epi32(a, kBits);
-}
-FASTATTN_FN int32_t vireduce_add(Vi a) { return _mm512_reduce_add_epi32(a); }
-// The low bytes of all lanes.
-FASTATTN_FN void vistore_bytes(void* p, Vi x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
-FASTATTN_FN Vi viload_bytes_first(const void* p, int64_t n) {
-  return _mm512_maskz_loadu_epi8(n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1, p);
-}
-// The bytes of four rows side by side: quad q of x[n] has numbers 16 q + 8 half + 4 n and the three that follow.
-FASTATTN_FN void vinterleave_bytes(const Vi (&rows)[4], int half, Vi (&x)[2]) {
-  const Vi first = half == 0 ? _mm512_unpacklo_epi8(rows[0], rows[1]) : _mm512_unpackhi_epi8(rows[0], rows[1]);
-  const Vi second = half == 0 ? _mm512_unpacklo_epi8(rows[2], rows[3]) : _mm512_unpackhi_epi8(rows[2], rows[3]);
-  x[0] = _mm512_unpacklo_epi16(first, second);
-  x[1] = _mm512_unpackhi_epi16(first, second);
+FASTATTN_FN void vistore_shorts(void* p, Vi x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x)); }
+// 2 * kLanes bytes as 16-bit integers.
+FASTATTN_FN Vi vload_i8_pairs(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+FASTATTN_FN Vi vload_i8_pairs_first(const int8_t* p, int64_t n) {
+  return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u, p));
 }
 
 // The first n (at most 2 * kLanes) bfloat16 numbers of a row as 32-bit pairs, zero beyond.

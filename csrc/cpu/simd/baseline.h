@@ -192,14 +192,10 @@ FASTATTN_FN Vf vload_i8_first(const int8_t* p, int64_t n) {
 }
 FASTATTN_FN Vf vload_i8(const int8_t* p) { return vload_i8_first(p, kLanes); }
 
-// The same four numbers in every quad of lanes.
-FASTATTN_FN Vf vload_quad(const float* p) { return vload(p); }
-// Number c of quad q: the sum of quad q of the c-th vector.
-FASTATTN_FN Vf vadd_quads(Vf a, Vf b, Vf c, Vf d) {
-  return Vf{vreduce_add(a), vreduce_add(b), vreduce_add(c), vreduce_add(d)};
+// Lane i of the result: the sum over the lanes of x[i].
+FASTATTN_FN Vf vadd_lanes(const Vf (&x)[kLanes]) {
+  return Vf{vreduce_add(x[0]), vreduce_add(x[1]), vreduce_add(x[2]), vreduce_add(x[3])};
 }
-// Quad q goes to p + q * stride.
-FASTATTN_FN void vstore_quads(float* p, int64_t, Vf x) { vstore(p, x); }
 
 // r[i] lane j <-> r[j] lane i.
 FASTATTN_FN void vtranspose(Vf (&r)[kLanes]) {
