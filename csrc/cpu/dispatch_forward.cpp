@@ -55,12 +55,13 @@ struct ForwardPart {
   int64_t part_floats() const { return p->Hq * p->Lq * partial_row_floats(*p); }
 };
 
-// Few rows make poor use of tiles whose lanes are rows. Where row_max and row_sum are kept, a backward pass follows: its
-// weights are exp(score - row_max) of scores that it computes again, as forward.h does to the bit, and decode.h not.
+// Few rows make poor use of tiles whose lanes are rows. Where row_max and row_sum are kept, a backward pass follows:
+// its weights are exp(score - row_max) of scores that it computes again, as forward.h does to the bit, and decode.h
+// not.
 bool decodes(const AttentionParams& p) {
-  // D = 128, 40 to 512 keys in the second-level cache (Zen 4, AVX-512): against tiles, 1 to 4 rows of one head took 0.22
-  // to 0.5 of the time, 8 rows 0.6, 15 would take as much as 16, and 16 took 1.0 to 1.15; with 4 heads in a group, 4 rows
-  // 0.26 to 0.36 and 16 rows 0.97 to 1.15. bfloat16 and float32 alike.
+  // D = 128, 40 to 512 keys in the second-level cache (Zen 4, AVX-512): against tiles, 1 to 4 rows of one head took
+  // 0.22 to 0.5 of the time, 8 rows 0.6, 15 would take as much as 16, and 16 took 1.0 to 1.15; with 4 heads in a group,
+  // 4 rows 0.26 to 0.36 and 16 rows 0.97 to 1.15. bfloat16 and float32 alike.
   constexpr int64_t kMostRowsOfHead = 15;
   return p.Lq <= kMostRowsOfHead && p.w == nullptr && p.dropout_p == 0.0 && p.row_max == nullptr &&
          p.row_sum == nullptr && !is_small_forward(p);
