@@ -31,8 +31,8 @@ FASTATTN_FN int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_FN int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTATTN_FN int64_t clamp_i64(int64_t x, int64_t lo, int64_t hi) { return max_i64(lo, min_i64(x, hi)); }
 
-// The geometry of a sequence of Lq rows and Lk keys, neither more than p has. Windows are limited to p.Lq + p.Lk, beyond
-// which nothing changes, so that no sum overflows.
+// The geometry of a sequence of Lq rows and Lk keys, neither more than p has. Windows are limited to p.Lq + p.Lk,
+// beyond which nothing changes, so that no sum overflows.
 FASTATTN_FN MaskGeometry mask_geometry(const AttentionParams& p, int64_t Lq, int64_t Lk) {
   MaskGeometry g;
   g.Lq = Lq;

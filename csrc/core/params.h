@@ -82,8 +82,8 @@ struct AttentionParams {
 
   // Results. lse, row_max and row_sum are contiguous [B, Hq, Lq], or of packed sequences [Hq, packed_rows], in the
   // accumulator type; a null pointer is not written. row_max and row_sum stay apart because lse = row_max +
-  // log(row_sum) loses log(row_sum) once row_max is as large as a finite mask value, and the backward pass would then be
-  // wrong by a factor of up to Lk.
+  // log(row_sum) loses log(row_sum) once row_max is as large as a finite mask value, and the backward pass would then
+  // be wrong by a factor of up to Lk.
   void* o = nullptr;  // [B, Hq, Lq, Dv]
   int64_t o_stride[3] = {};
   void* lse = nullptr;

@@ -1,8 +1,8 @@
 // The two products of decode.h, for a few query rows. Lanes are head dims in both, and every key has a pointer to its
 // row, which is read as it lies:
 //
-//   S = Q K^T    as many sums as a vector has lanes, of 4, 2 or 1 rows by 4, 8 or 16 keys (AVX-512), which are then added
-//                up across their lanes all together, and make one vector of scores.
+//   S = Q K^T    as many sums as a vector has lanes, of 4, 2 or 1 rows by 4, 8 or 16 keys (AVX-512), which are then
+//                added up across their lanes all together, and make one vector of scores.
 //   O = P V      a weight, broadcast, times a row of V. Products of pairs take two keys, whose rows are interleaved in
 //                registers.
 #pragma once
@@ -105,7 +105,8 @@ struct Int8Keys {
   }
 };
 
-// n floats, of whole vectors, to 16-bit integers in place. Returns what a quantum is; NaN where there is NaN or infinity.
+// n floats, of whole vectors, to 16-bit integers in place. Returns what a quantum is; NaN where there is NaN or
+// infinity.
 inline float quantise(float* x, int64_t n, float most) {
   Vf top = vzero(), check = vzero();
   for (int64_t c = 0; c < n; c += kLanes) {

@@ -55,11 +55,12 @@ struct ForwardPart {
   int64_t part_floats() const { return p->Hq * p->Lq * partial_row_floats(*p); }
 };
 
-// Few rows make poor use of tiles whose lanes are rows. Where row_max and row_sum are kept, a backward pass follows: its
-// weights are exp(score - row_max) of scores that it computes again, as forward.h does to the bit, and decode.h not.
+// Few rows make poor use of tiles whose lanes are rows. Where row_max and row_sum are kept, a backward pass follows:
+// its weights are exp(score - row_max) of scores that it computes again, as forward.h does to the bit, and decode.h
+// not.
 bool decodes(const AttentionParams& p) {
-  // Of the time that tiles take (D = 128, 512 keys in the second-level cache, bfloat16 and float32 on AVX-512), 1 row of
-  // a head took 0.23 to 0.57, 8 rows 0.54 to 0.59, 12 rows 0.8, 16 rows 1.0 to 1.1: docs/experiments.md has more.
+  // Of the time that tiles take (D = 128, 512 keys in the second-level cache, bfloat16 and float32 on AVX-512), 1 row
+  // of a head took 0.23 to 0.57, 8 rows 0.54 to 0.59, 12 rows 0.8, 16 rows 1.0 to 1.1: docs/experiments.md has more.
   constexpr int64_t kMostRowsOfHead = 15;
   return p.Lq <= kMostRowsOfHead && p.w == nullptr && p.dropout_p == 0.0 && p.row_max == nullptr &&
          p.row_sum == nullptr && !is_small_forward(p);

@@ -244,8 +244,8 @@ FASTATTN_FN void add_row_sum(const RowScratch& rows, const PanelScores<NV>& pane
   }
 }
 
-// After the last key, for a vector of rows from r on: the sink, if not null, joins the rows that see a key, and `rescale`
-// becomes factor * exp(maximum of the keys - row_max) / row_sum, 0 for the others.
+// After the last key, for a vector of rows from r on: the sink, if not null, joins the rows that see a key, and
+// `rescale` becomes factor * exp(maximum of the keys - row_max) / row_sum, 0 for the others.
 FASTATTN_FN void close_rows(const RowScratch& rows, int64_t r, float factor, const Vf* sink) {
   Vf m = vload(rows.row_max + r), l = vload(rows.row_sum + r);
   // By the sum, which a NaN reaches; a maximum may have lost it to a later score.
