@@ -16,7 +16,7 @@ from bench import packed
 from bench.cases import DTYPES
 from bench.measure import ULPS, WrongResult
 from bench.report import format_ms
-from bench.targets import AT_LEAST, Target
+from bench.target import AT_LEAST, Target
 from bench.timing import Clock, Runner, Timing, interleave
 
 BATCHES = [

@@ -27,7 +27,6 @@ BUDGET_S = 1e-3
 @pytest.fixture(autouse=True)
 def little_to_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "ROTATED_BYTES", 1)
-    monkeypatch.setattr(decoding, "bandwidth_gbs", lambda: 10.0)
 
 
 @pytest.mark.parametrize("batch", [TINY_BATCH, replace(TINY_BATCH, causal=True), replace(TINY_BATCH, direction="step")])
@@ -60,13 +59,16 @@ def test_packed(batch: Batch) -> None:
 def test_decoding(step: Step) -> None:
     result = decoding.measure(step, BUDGET_S)
     other = decoding.SDPA if step.cache == decoding.CONTIGUOUS else decoding.CONTIGUOUS
-    assert set(result.timings) == {decoding.OURS, other}
+    assert set(result.timings) == {decoding.OURS, other, decoding.READ}
     assert step.read_bytes == sum(step.lengths()) * 2 * 2 * (
         16 * (1 if step.cache == "int8" else 4) + 4 * (step.cache == "int8")
     )
     result.timings[decoding.OURS] = Timing((2.0,))
     assert result.gbs == pytest.approx(step.read_bytes / 2e6)
-    assert result.of_bandwidth == pytest.approx(result.gbs / 10)
+    result.timings[decoding.READ] = Timing((1.0,))
+    scales = 8 if step.cache == "int8" else 0  # bytes, beside a key's and a value's 16 numbers, which are not read
+    assert result.stored_bytes * (1 + scales / 32) == step.B * step.Lk / sum(step.lengths()) * step.read_bytes
+    assert result.of_bandwidth == pytest.approx(result.gbs / (result.stored_bytes * 1e-6))
     assert json.loads(json.dumps(decoding.as_dict(result)))["id"] == step.id
     assert step.id in decoding.table([result])
 

@@ -328,7 +328,8 @@ OPERATOR_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("isa-unknown", lambda: ops._set_isa("sse9"), '"sse9" is unknown; it must be one of baseline, avx2'),
     ("peak-dtype", lambda: ops._measure_peak("float16", 1), 'dtype is "float16"'),
     ("peak-threads", lambda: ops._measure_peak("float32", 0), "threads is 0"),
-    ("bandwidth-threads", lambda: ops._measure_read_bandwidth(0), "threads is 0"),
+    ("words-of-a-view", lambda: ops._sum_words(torch.zeros(4, 4).T, torch.zeros(4)), "x has shape (4, 4)"),
+    ("words-cut", lambda: ops._sum_words(torch.zeros(4), torch.zeros(3)), "y has shape (3,) and 12 bytes"),
 ]
 
 

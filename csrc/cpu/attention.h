@@ -40,7 +40,11 @@ void append_to_cache(const CacheAppendParams& params, const Parallel& parallel);
 // active level, for float32 operands or (pairs: where the level has a bfloat16 dot product) for bfloat16 ones.
 double measure_peak_flops(DType dtype, const Parallel& parallel);
 
-// Bytes per second that `parallel.threads` read together from memory that no cache holds; takes 512 MB for the while.
-double measure_read_bandwidth(const Parallel& parallel);
+// The sum of all words of two buffers: what it takes to read them, and hardly more.
+struct Words {
+  const uint64_t* data;
+  int64_t count;
+};
+uint64_t sum_words(const Words (&buffers)[2], const Parallel& parallel);
 
 }  // namespace fastattn::cpu

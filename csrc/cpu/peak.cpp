@@ -1,6 +1,5 @@
-// The peak rates that the benchmark compares with.
+// What the benchmark compares with: peak rates.
 #include <chrono>
-#include <cstring>
 
 #include "cpu/attention.h"
 #include "cpu/work.h"
@@ -29,33 +28,26 @@ double measure_peak_flops(DType dtype, const Parallel& parallel) {
   return best;
 }
 
-double measure_read_bandwidth(const Parallel& parallel) {
-  using Clock = std::chrono::steady_clock;
-  // More than caches hold, so that a piece is long gone from them when its turn comes again; its words are added up.
-  constexpr int64_t kPieces = 512, kPieceWords = (1 << 20) / 8;
-  constexpr int kRepeats = 5;
-  const Workspace memory(kPieces * kPieceWords * sizeof(uint64_t));
-  const uint64_t* words = reinterpret_cast<const uint64_t*>(memory.data());
-  std::memset(memory.data(), 1, kPieces * kPieceWords * sizeof(uint64_t));
+uint64_t sum_words(const Words (&buffers)[2], const Parallel& parallel) {
+  constexpr int64_t kPieceWords = (128 << 10) / 8, kSums = 8;
+  const int64_t first_pieces = ceil_div(buffers[0].count, kPieceWords);
+  const int64_t pieces = first_pieces + ceil_div(buffers[1].count, kPieceWords);
   std::atomic<uint64_t> total{0};
-  double best = 0.0;
-  for (int repeat = 0; repeat < kRepeats; ++repeat) {
-    const Clock::time_point start = Clock::now();
-    drain(parallel, kPieces, parallel.threads, nullptr, 0, [&](int64_t piece, char*) {
-      constexpr int64_t kSums = 8;
-      uint64_t sum[kSums] = {};
-      for (const uint64_t *at = words + piece * kPieceWords, *end = at + kPieceWords; at < end; at += kSums) {
-        for (int64_t n = 0; n < kSums; ++n) sum[n] += at[n];
-      }
-      for (int64_t n = 1; n < kSums; ++n) sum[0] += sum[n];
-      total.fetch_add(sum[0], std::memory_order_relaxed);
-    });
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    const double rate = static_cast<double>(kPieces * kPieceWords) * sizeof(uint64_t) / seconds;
-    if (rate > best) best = rate;
-  }
-  // Without a look at the sums the compiler may leave out the reads.
-  return total.load() != 0 ? best : 0.0;
+  drain(parallel, pieces, static_cast<int>(clamp_i64(pieces, 1, parallel.threads)), nullptr, 0,
+        [&](int64_t piece, char*) {
+          const Words& buffer = buffers[piece < first_pieces ? 0 : 1];
+          const int64_t begin = (piece < first_pieces ? piece : piece - first_pieces) * kPieceWords;
+          const int64_t end = min_i64(buffer.count, begin + kPieceWords);
+          uint64_t sum[kSums] = {};
+          int64_t at = begin;
+          for (; at + kSums <= end; at += kSums) {
+            for (int64_t n = 0; n < kSums; ++n) sum[n] += buffer.data[at + n];
+          }
+          for (; at < end; ++at) sum[0] += buffer.data[at];
+          for (int64_t n = 1; n < kSums; ++n) sum[0] += sum[n];
+          total.fetch_add(sum[0], std::memory_order_relaxed);
+        });
+  return total.load();
 }
 
 }  // namespace fastattn::cpu

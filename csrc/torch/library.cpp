@@ -95,12 +95,15 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def("_isa() -> str");
   m.def("_supported_isas() -> str");
   m.def("_measure_peak(str dtype, int threads) -> float");
-  m.def("_measure_read_bandwidth(int threads) -> float");
+  m.def("_sum_words(Tensor x, Tensor y) -> int");
   m.def("_build_info() -> str");
   m.def("_cuda_build_info() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) { fastattn::register_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  fastattn::register_operators(m);
+  m.impl("_sum_words", TORCH_BOX(&fastattn::sum_words));
+}
 
 // Operators without a tensor argument have no device to be dispatched on.
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
@@ -108,6 +111,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
   m.impl("_isa", TORCH_BOX(&fastattn::isa));
   m.impl("_supported_isas", TORCH_BOX(&fastattn::supported_isas));
   m.impl("_measure_peak", TORCH_BOX(&fastattn::measure_peak));
-  m.impl("_measure_read_bandwidth", TORCH_BOX(&fastattn::measure_read_bandwidth));
   m.impl("_build_info", TORCH_BOX(&fastattn::build_info));
 }

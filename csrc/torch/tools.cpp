@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <limits>
-#include <new>
 
 #include "cpu/attention.h"
 #include "torch/errors.h"
 #include "torch/parallel.h"
+#include "torch/tensors.h"
 
 #ifndef FASTATTN_BUILD_FLAGS
 #define FASTATTN_BUILD_FLAGS "unknown"
@@ -57,12 +57,22 @@ double measure_peak(std::string dtype, int64_t threads) {
   return cpu::measure_peak_flops(dtype == "float32" ? DType::kFloat32 : DType::kBFloat16, parallel_of(threads));
 }
 
-double measure_read_bandwidth(int64_t threads) {
-  try {
-    return cpu::measure_read_bandwidth(parallel_of(threads));
-  } catch (const std::bad_alloc&) {
-    runtime_error("there are no 512 MB for the measurement of the memory's bandwidth.");
+namespace {
+
+cpu::Words words_of(const char* name, const Tensor& tensor) {
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  if (!tensor.is_cpu() || !tensor.is_contiguous() || bytes % 8 != 0) {
+    value_error(name, " has shape ", shape_text(tensor), " and ", bytes,
+                " bytes; it must be contiguous, on the CPU, and hold whole words of 8 bytes: call contiguous(), or cut "
+                "it.");
   }
+  return {static_cast<const uint64_t*>(tensor.const_data_ptr()), bytes / 8};
+}
+
+}  // namespace
+
+int64_t sum_words(const Tensor& x, const Tensor& y) {
+  return static_cast<int64_t>(cpu::sum_words({words_of("x", x), words_of("y", y)}, torch_parallel()));
 }
 
 std::string build_info() {
