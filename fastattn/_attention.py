@@ -291,8 +291,8 @@ def attention(
 
     Products and sums are accumulated in float32 (float64 for float64), and each result is rounded once. The same
     inputs, seed and number of threads give the same bits; with and without gradients the last bits may differ, for
-    fewer than 16 rows have a kernel of their own (decoding), which a backward pass cannot follow. On a GPU that needs no
-    ``torch.use_deterministic_algorithms``: there is one backward pass, and it is deterministic. Under
+    fewer than 16 rows have a kernel of their own (decoding), which a backward pass cannot follow. On a GPU that needs
+    no ``torch.use_deterministic_algorithms``: there is one backward pass, and it is deterministic. Under
     ``torch.autocast``, q, k, v and bias are cast to the autocast dtype, as PyTorch's own attention does.
 
     Args:
