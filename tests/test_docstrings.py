@@ -25,6 +25,7 @@ def examples(name: str, x: Any) -> doctest.DocTest:
 
 @pytest.mark.parametrize("name", [name for name, x in public().items() if examples(name, x).examples])
 def test_examples_run(name: str) -> None:
+    fastattn.sdpa_calls(reset=True)  # examples elsewhere have made some
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     report: list[str] = []
     runner.run(examples(name, public()[name]), out=report.append)

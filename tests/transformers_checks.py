@@ -32,6 +32,7 @@ from transformers import masking_utils  # noqa: E402
 from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
 import fastattn.integrations.transformers as integration  # noqa: E402
+from fastattn.integrations import _transformers_models as models  # noqa: E402
 from fastattn.integrations._native_mask import NativeMask, Rule  # noqa: E402
 
 VERSION = int(transformers.__version__.split(".")[0])
@@ -1074,7 +1075,7 @@ def test_check_takes_models() -> None:
 
 
 def test_models_that_ask_for_nothing_are_named_when_they_are_built() -> None:
-    integration._warn_bypass.cache_clear()
+    models._warn_bypass.cache_clear()
     config = transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)
     eager = transformers.BloomModel(config).eval()
     config = copy.deepcopy(config)
@@ -1096,7 +1097,7 @@ def test_models_that_ask_for_nothing_are_named_when_they_are_built() -> None:
 
 
 def test_a_class_that_looks_at_the_implementation_itself_is_not_called_served() -> None:
-    integration._warn_bypass.cache_clear()
+    models._warn_bypass.cache_clear()
     config = transformers.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     config._attn_implementation = NAME
     with pytest.warns(RuntimeWarning, match=r'^fastattn: FalconModel of .* it is built as "eager"'):
@@ -1118,7 +1119,7 @@ def test_models_with_a_class_for_each_implementation() -> None:
     model_class = type("MyModel", (), {"__module__": module.__name__})
     sys.modules[module.__name__] = module
     try:
-        assert integration._prepare(model_class)
+        assert models.prepare(model_class)
         layer = module.THING_ATTENTION_CLASSES[NAME]()
         assert type(layer).__name__ == "FastattnThing"
         q = torch.randn(1, 2, 4, 8)
@@ -1128,9 +1129,9 @@ def test_models_with_a_class_for_each_implementation() -> None:
         assert integration.check(layer).left == {}
         assert isinstance(pickle.loads(pickle.dumps(layer)), SdpaThing)
         module.OTHER_ATTENTION_CLASSES = {"eager": torch.nn.Module}  # type: ignore[attr-defined]
-        integration._warn_bypass.cache_clear()
+        models._warn_bypass.cache_clear()
         with pytest.warns(RuntimeWarning, match=r'^fastattn: MyModel of .* it is built as "eager"'):
-            assert not integration._prepare(model_class)
+            assert not models.prepare(model_class)
     finally:
         del sys.modules[module.__name__]
 
