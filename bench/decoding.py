@@ -22,6 +22,7 @@ from bench.cases import DTYPES
 from bench.measure import ULPS, WrongResult
 from bench.report import format_ms, format_ratio, text_table, timing_as_dict
 from bench.timing import Runner, Timing, interleave
+from fastattn import _memory
 
 OURS, SDPA, CONTIGUOUS, READ = "fastattn", "SDPA", "contiguous", "read"
 MOST_CACHES = 64  # of small ones, whose time is not for reading
@@ -84,11 +85,16 @@ class Result:
         return self.timings[name].median_ms / self.timings[OURS].median_ms if name in self.timings else None
 
 
+def _as_kvcache_does(x: Tensor) -> Tensor:
+    """A copy in memory such as fastattn.KVCache takes."""
+    return _memory.empty(x.shape, x.dtype, x.device).copy_(x)
+
+
 def _paged(x: Tensor, page_size: int, order: Tensor) -> Tensor:
     """(B, H, L, D) as (pages, H, page_size, D), page n of the sequences in turn at place order[n]."""
     B, H, L, D = x.shape
     pages = x.view(B, H, L // page_size, page_size, D).transpose(1, 2).flatten(0, 1)
-    return torch.empty(pages.shape, dtype=x.dtype).index_copy_(0, order, pages)
+    return _as_kvcache_does(pages).index_copy_(0, order, pages)
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +103,10 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Caches:
-    """The tensors of a step, so many of them that none is in a cache when its turn comes."""
+    """The tensors of a step, so many of them that none is in a cache when its turn comes.
+
+    A cache beside which a contiguous one is timed lies in the same kind of memory as that.
+    """
 
     def __init__(self, step: Step) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -107,7 +116,8 @@ class Caches:
         self.lengths = torch.tensor(step.lengths(), dtype=torch.int32)
         count = max(2, math.ceil(ROTATED_BYTES / step.read_bytes))
         k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-        self.plain = [(k, v), *((k.clone(), v.clone()) for _ in range(min(count, MOST_CACHES) - 1))]
+        copy = torch.clone if step.cache == CONTIGUOUS else _as_kvcache_does
+        self.plain = [(copy(k), copy(v)) for _ in range(min(count, MOST_CACHES))]
         self.mask = self._mask()
         self.options: list[dict[str, Any]] = [{} for _ in self.plain]
         self.stored = self.plain
@@ -118,7 +128,7 @@ class Caches:
             self.options = [table for _ in self.plain]
         elif step.cache == "int8":
             rows = [(_quantised(k), _quantised(v)) for k, v in self.plain]
-            self.stored = [(k[0], v[0]) for k, v in rows]
+            self.stored = [(_as_kvcache_does(k[0]), _as_kvcache_does(v[0])) for k, v in rows]
             self.options = [{"k_scale": k[1], "v_scale": v[1]} for k, v in rows]
 
     def ours(self, n: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastattn import _ops
+from fastattn import _memory, _ops
 from fastattn._kv_cache import attention_with_kv_cache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -578,11 +578,11 @@ class _Storage:
         self.v_scale: Tensor | None = None
         # Ordinary tensors: those made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self.k = torch.empty((*shape, cache.head_dim), dtype=stored, device=cache.device)
-            self.v = torch.empty((*shape, cache.v_head_dim), dtype=stored, device=cache.device)
+            self.k = _memory.empty((*shape, cache.head_dim), stored, cache.device)
+            self.v = _memory.empty((*shape, cache.v_head_dim), stored, cache.device)
             if cache.quantize is not None:
-                self.k_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
-                self.v_scale = torch.empty(shape, dtype=torch.float32, device=cache.device)
+                self.k_scale = _memory.empty(shape, torch.float32, cache.device)
+                self.v_scale = _memory.empty(shape, torch.float32, cache.device)
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]

@@ -124,6 +124,9 @@ def start(command: list[str], log: Path, environment: dict[str, str] | None) -> 
     log.parent.mkdir(parents=True, exist_ok=True)
     caches = {name: str(LOGS / "cache" / folder) for name, folder in CACHES.items()}
     always = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **caches}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell makes its background jobs deaf to it, and all that they start: no step could be asked to end.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("wb") as file:
         return subprocess.Popen(
             command,

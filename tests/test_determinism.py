@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,21 +44,56 @@ def test_repeats_are_bit_equal(isa: str, case: Case, dtype: torch.dtype) -> None
         assert not differences(compute(inputs), first)
 
 
+# Several blocks of rows of a head, or several heads that share its keys: copies of what one of them read may serve the
+# next. Lengths and diagonals are odd, so that keys are paired in more than one way.
+PLACED = [
+    Case(97, 133, D=40, Dv=24, B=2, gqa=2, causal="bottom_right", bias="1hqk", mask="b1qk", sinks=True),
+    Case(197, 211, D=33, Dv=17, B=2),
+    Case(230, 451, D=32, Hkv=1, gqa=2, causal="bottom_right"),
+    Case(300, 261, D=16, B=2, window=(70, 21), kv_lengths=(261, 130)),
+    Case(20, 700, D=16, gqa=3, causal="top_left"),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_memory_does_not_matter(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("plain", PLACED, ids=lambda case: case.id)
+def test_memory_does_not_matter(isa: str, plain: Case, dtype: torch.dtype) -> None:
     """Where rows lie, how far apart and how aligned, changes no bit."""
-    plain = Case(97, 133, D=40, Dv=24, B=2, gqa=2, causal="bottom_right", bias="1hqk", mask="b1qk", sinks=True)
     inputs = make_inputs(plain, dtype).require_grad()
     first = compute(inputs)
     for layout in ("blhd", "qkv", "offset", "columns"):
-        case = Case(**{**plain.__dict__, "layout": layout})
+        case = replace(plain, layout=layout)
         moved = make_inputs(case, dtype)
         for name in ("q", "k", "v", "d_o", "d_lse"):
             moved_x = getattr(moved, name)
             moved_x.copy_(getattr(inputs, name).detach())
-        for name in ("bias", "mask", "sinks"):
+        for name in moved.kwargs.keys() & {"bias", "mask", "sinks"}:
             moved.kwargs[name].copy_(inputs.kwargs[name].detach())
         assert not differences(compute(moved.require_grad()), first), layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "blhd"])
+def test_numbers_that_changed_in_place_are_read_again(isa: str, layout: str, dtype: torch.dtype) -> None:
+    """Memory that a call leaves to the next one holds nothing that the next one may believe."""
+    inputs = make_inputs(Case(150, 333, D=32, Hkv=1, gqa=2, kv_lengths=(332,), layout=layout), dtype)
+    q, k, v, lengths = inputs.q, inputs.k, inputs.v, inputs.kwargs["kv_lengths"]
+    fastattn.attention(q, k, v, kv_lengths=lengths)
+    k.neg_()
+    v.mul_(3)
+    k[:, :, 332:] = v[:, :, 332:] = torch.nan
+    changed = fastattn.attention(q, k, v, kv_lengths=lengths)
+    wanted = fastattn.attention(q, k[:, :, :332].clone(), v[:, :, :332].clone())
+    assert torch.equal(changed, wanted)
+    lengths.fill_(331)  # the pair of the last key is none now
+    k[:, :, 331:] = v[:, :, 331:] = torch.nan
+    assert fastattn.attention(q, k, v, kv_lengths=lengths).isfinite().all()
+
+
+def test_more_keys_than_a_copy_of_a_head_holds() -> None:
+    q, k, v = (torch.randn(1, L, 2, 128) for L in (65, 8500, 8500))
+    o = fastattn.attention(*[x.transpose(1, 2) for x in (q, k, v)])
+    assert torch.equal(o, fastattn.attention(*[x.transpose(1, 2).contiguous() for x in (q, k, v)]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from typing import Any
 
@@ -187,6 +189,31 @@ def test_its_tensors_go_to_the_function() -> None:
         q, cache.k_cache, cache.v_cache, cache_lengths=cache.cache_lengths(), block_table=cache.block_table()
     )
     assert torch.equal(by_hand, cache.attend(q))
+
+
+def test_large_caches_are_tensors_like_others() -> None:
+    """From 8 MB on their memory is not torch's own."""
+    cache = fastattn.KVCache(2, kv_heads=8, head_dim=64, page_size=16, num_pages=1024, dtype=torch.float32)
+    small = fastattn.KVCache(2, kv_heads=8, head_dim=64, page_size=16, dtype=torch.float32)
+    assert cache.nbytes >= 2 * (8 << 20) > 16 * small.nbytes
+    q, k, v = (torch.randn(2, 8, 40, 64) for _ in range(3))
+    wanted = small.attend(q, k, v, causal=True)
+    assert torch.equal(cache.attend(q, k, v, causal=True), wanted)
+    twin = copy.deepcopy(cache)
+    loaded = pickle.loads(pickle.dumps(cache))
+    cache.attend(q, -k, -v, causal=True)
+    for other in (twin, loaded):
+        assert other.lengths == [40, 40]
+        assert torch.equal(other.keys(1), k[1])
+        assert torch.equal(other.values(1), v[1])
+    keys = cache.keys(0)
+    del cache  # what was read lives on
+    assert torch.equal(keys[:, 40:], -k[0])
+
+
+def test_memory_that_nobody_has_is_refused_by_torch() -> None:
+    with pytest.raises(RuntimeError, match=r"(?i)memory|storage size"):
+        fastattn.KVCache(1, kv_heads=1 << 10, head_dim=1 << 10, max_length=1 << 30)
 
 
 def test_a_cache_made_in_inference_mode_lives_on_outside_of_it() -> None:

@@ -15,6 +15,7 @@
 
 #include "core/sequence.h"
 #include "cpu/decode_products.h"
+#include "cpu/row_statistics.h"
 #include "cpu/scores.h"
 #include "cpu/small.h"
 
@@ -409,13 +410,6 @@ inline void write_row(const AttentionParams& p, int64_t b, int64_t hq, int64_t i
     default:
       return write.template operator()<Float32>();
   }
-}
-
-inline void write_row_statistics(const AttentionParams& p, int64_t b, int64_t hq, int64_t i, float m, float l) {
-  const int64_t at = stat_index(p, b, hq, i);
-  if (p.lse != nullptr) static_cast<float*>(p.lse)[at] = l == 0.0f ? m : m + __builtin_logf(l);
-  if (p.row_max != nullptr) static_cast<float*>(p.row_max)[at] = m;
-  if (p.row_sum != nullptr) static_cast<float*>(p.row_sum)[at] = l;
 }
 
 template <class Keys>

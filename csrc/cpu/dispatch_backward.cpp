@@ -125,19 +125,6 @@ int64_t broadcast_elements(const AttentionParams& p, const int64_t (&stride)[4])
   return elements;
 }
 
-// Zeroes dk or dv, which keys without any query head have too.
-void zero_rows(const AttentionParams& p, void* rows, const int64_t (&stride)[3], int64_t columns) {
-  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
-  for (int64_t b = 0; b < p.B; ++b) {
-    for (int64_t h = 0; h < p.Hkv; ++h) {
-      for (int64_t j = 0; j < p.Lk; ++j) {
-        char* row = static_cast<char*>(rows) + (b * stride[0] + h * stride[1] + j * stride[2]) * element;
-        std::memset(row, 0, static_cast<size_t>(columns * element));
-      }
-    }
-  }
-}
-
 // In the partials' order: parts, chunks, batches, heads. In double, for a float's sum of very many would drift.
 void sum_dw(const BackwardPlan& plan, float* dw) {
   const AttentionParams& p = plan.parts.front().p();
@@ -210,8 +197,10 @@ void run_backward(const std::vector<AttentionGradParams>& problems, const HardAt
     if (d_sinks != nullptr) std::memset(d_sinks, 0, sizeof(float) * static_cast<size_t>(p.Hq));
     if (any.dw != nullptr) std::memset(any.dw, 0, sizeof(float) * static_cast<size_t>(dw_rows * p.D));
     for (const AttentionGradParams& gp : problems) {
-      zero_rows(gp.forward, gp.dk, gp.dk_stride, gp.forward.D);
-      zero_rows(gp.forward, gp.dv, gp.dv_stride, gp.forward.Dv);
+      // Keys without any query head.
+      const AttentionParams& one = gp.forward;
+      zero_rows(one.dtype, gp.dk, gp.dk_stride, one.B, one.Hkv, 0, one.Lk, one.D);
+      zero_rows(one.dtype, gp.dv, gp.dv_stride, one.B, one.Hkv, 0, one.Lk, one.Dv);
     }
     return;
   }

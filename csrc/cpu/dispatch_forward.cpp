@@ -4,6 +4,7 @@
 // key head (decode.h). Where that leaves few items, each with many keys, the keys are cut as well, and a second pass
 // merges the parts.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -46,6 +47,7 @@ struct ForwardPart {
   bool decodes;
   int64_t head_items;  // decoding: items that the query heads of a key head make
   KeyParts keys;
+  size_t head_copy_bytes = 0;
   int64_t first_partial = 0;  // of its partial rows, in floats
   int64_t first_merge = 0;
 
@@ -86,16 +88,23 @@ class ForwardPlan {
       }
       scratch_bytes = std::max(scratch_bytes, table.forward_scratch_bytes(p));
       const RowBlocks rows(p.Lq);
+      const bool has_next = rows.blocks > 1 || p.Hq > p.Hkv;  // another item of the same key head
+      const size_t copy_bytes = has_next ? table.head_copy_bytes(p) : 0;
       if (rows.blocks > 1 || p.Lk < 2 * kLeastKeys) {
-        add({&p, items, 0, p.B, rows, false, 0, {0, p.Lk, 1}});
+        add({&p, items, 0, p.B, rows, false, 0, {0, p.Lk, 1}, copy_bytes});
         continue;
       }
-      for (int64_t b = 0; b < p.B; ++b) add({&p, items, b, b + 1, rows, false, 0, cut_keys(p, b, p.Hq)});
+      for (int64_t b = 0; b < p.B; ++b) {
+        // Where keys are cut, items that follow one another are parts of them, and have no tile in common.
+        const KeyParts keys = cut_keys(p, b, p.Hq);
+        add({&p, items, b, b + 1, rows, false, 0, keys, keys.parts == 1 ? copy_bytes : 0});
+      }
     }
     scratch_bytes = whole_pages(scratch_bytes);
   }
 
-  void run(int64_t item, float* partials, void* scratch) const {
+  // scratch: scratch_bytes and, after them, head_copy_bytes.
+  void run(int64_t item, float* partials, char* scratch) const {
     const ForwardPart& part = owner_of(parts_, item, &ForwardPart::first_item);
     const AttentionParams& p = *part.p;
     const int64_t number = item - part.first_item, block = number / part.keys.parts;
@@ -116,6 +125,7 @@ class ForwardPlan {
     rows.j0 = j0;
     rows.j1 = j1;
     rows.partial = partial;
+    if (part.head_copy_bytes != 0) rows.head_copy = scratch + scratch_bytes;
     table_.forward_item(p, rows, scratch);
   }
 
@@ -128,11 +138,12 @@ class ForwardPlan {
 
   int64_t items = 0, merge_items = 0, partial_floats = 0;
   double flop = 0.0;
-  size_t scratch_bytes = 0;
+  size_t scratch_bytes = 0, head_copy_bytes = 0;
 
  private:
   void add(ForwardPart part) {
     items += part.items();
+    head_copy_bytes = std::max(head_copy_bytes, whole_pages(part.head_copy_bytes));
     if (part.has_partials()) {
       part.first_partial = partial_floats;
       part.first_merge = merge_items;
@@ -155,10 +166,17 @@ void run_forward(const std::vector<AttentionParams>& problems, const Parallel& p
   if (plan.items == 0) return;
   const int workers = worker_count(parallel, plan.items, plan.flop);
   const size_t partial_bytes = whole_pages(sizeof(float) * static_cast<size_t>(plan.partial_floats));
-  const Workspace workspace(partial_bytes + plan.scratch_bytes * static_cast<size_t>(workers));
+  const size_t worker_bytes = plan.scratch_bytes + plan.head_copy_bytes;
+  const Workspace workspace(partial_bytes + worker_bytes * static_cast<size_t>(workers));
   float* partials = reinterpret_cast<float*>(workspace.data());
-  drain(parallel, plan.items, workers, workspace.data() + partial_bytes, plan.scratch_bytes,
-        [&](int64_t item, char* scratch) { plan.run(item, partials, scratch); });
+  char* scratch = workspace.data() + partial_bytes;
+  if (plan.head_copy_bytes != 0) {
+    for (int w = 0; w < workers; ++w) {
+      std::memset(scratch + static_cast<size_t>(w) * worker_bytes + plan.scratch_bytes, 0, kHeadCopyState);
+    }
+  }
+  drain(parallel, plan.items, workers, scratch, worker_bytes,
+        [&](int64_t item, char* mine) { plan.run(item, partials, mine); });
   if (plan.merge_items == 0) return;
   drain(parallel, plan.merge_items, workers, nullptr, 0, [&](int64_t item, char*) { plan.merge(item, partials); });
 }

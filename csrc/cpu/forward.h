@@ -1,7 +1,7 @@
 // Fused attention, forward: o = softmax(scores) v for a block of query rows, in one pass over the keys.
 //
 // O^T = V^T P^T has lanes = query rows, as the scores have (scores.h): the softmax's maxima and sums are vertical
-// operations, and neither K nor V is packed in float32. Online softmax after Dao et al., "FlashAttention", 2022,
+// operations, and neither K nor V need be packed in float32. Online softmax after Dao et al., "FlashAttention", 2022,
 // algorithm 1; the rescaling of O by exp(m_old - m_new) rides on the addition of a block's product. Handles everything
 // in core/params.h but float64.
 #pragma once
@@ -45,11 +45,16 @@ struct WeightedSum {
   static constexpr bool kServesAdditive = true;
   const AttentionParams& p;
   const ForwardScratch& scratch;
+  const HeadCopy<Operands>& head;
   Operand v{};  // of the tile
 
   inline void begin_tile(const Tile& tile) {
     using Raw = typename Operands::Raw;
     if (p.dropout_p > 0.0) fill_dropout_tile(p, tile, scratch.dropout);
+    if (head.holds_tile()) {
+      v = head.values(tile);
+      return;
+    }
     const int64_t hkv = tile.hq / (p.Hq / p.Hkv);
     const CachedRows<Raw> rows = cached_rows<typename Operands::Element>(p, cached_values(p), tile.b, hkv, tile.j0,
                                                                          tile.nk, static_cast<Raw*>(scratch.v_cached));
@@ -162,8 +167,9 @@ inline void forward_item_as(const AttentionParams& p, const ForwardItem& item, c
   const ForwardScratch scratch = forward_scratch<Operands>(p, memory, nullptr);
   if (item.partial == nullptr && is_small_forward(p))
     return small_forward<typename Operands::Element>(p, item.b, item.hq, scratch.ot);
-  WeightedSum<Operands> consumer{p, scratch};
-  walk_scores<Operands>(p, item, item.j0, min_i64(item.j1, p.Lk), scratch.scores, consumer);
+  HeadCopy<Operands> head(p, item, scratch.scores.k_cached, scratch.v_cached);
+  WeightedSum<Operands> consumer{p, scratch, head};
+  walk_scores<Operands>(p, item, item.j0, min_i64(item.j1, p.Lk), scratch.scores, consumer, &head);
   if (item.partial != nullptr) return write_partial(p, item, scratch);
   finish_rows(p, item, p.dropout_p < 1.0 ? 1.0f : 0.0f, scratch.rows);
   transpose_back<typename Operands::Element>(row_at<Raw>(p.o, p.o_stride, item.b, item.hq, item.i0), p.o_stride[2],

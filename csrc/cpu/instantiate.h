@@ -41,6 +41,10 @@ size_t forward_scratch_bytes(const AttentionParams& p) {
   });
 }
 
+size_t head_copy_bytes(const AttentionParams& p) {
+  return with_operands(p, [&]<class Operands>() { return HeadCopy<Operands>::bytes(p); });
+}
+
 void forward_item(const AttentionParams& p, const ForwardItem& item, void* scratch) {
   with_operands(p, [&]<class Operands>() { forward_item_as<Operands>(p, item, static_cast<char*>(scratch)); });
 }
@@ -208,6 +212,7 @@ constexpr auto chosen = Chosen<kOther, kMine>::function;
 
 const KernelTable kernels = {
     chosen<&KernelTable::forward_scratch_bytes, forward_scratch_bytes>,
+    chosen<&KernelTable::head_copy_bytes, head_copy_bytes>,
     chosen<&KernelTable::forward_item, forward_item>,
     chosen<&KernelTable::decode_scratch_bytes, decode_scratch_bytes>,
     chosen<&KernelTable::decode_item, decode_item>,

@@ -19,8 +19,12 @@ constexpr int64_t kBlockRows = 64;
 struct ForwardItem {
   int64_t b, hq, i0, i1;
   int64_t j0 = 0, j1 = INT64_MAX;
-  float* partial = nullptr;  // see partial_row; null: these are all keys, and the item writes its rows itself
+  float* partial = nullptr;   // see partial_row; null: these are all keys, and the item writes its rows itself
+  void* head_copy = nullptr;  // the worker's copy of a head, or null
 };
+
+// So many bytes of a head copy must be 0 before the worker's first item.
+constexpr size_t kHeadCopyState = 64;
 
 // Up to this many scores a head is a matter of dot products, not of tiles: see small.h.
 constexpr int64_t kSmallScoresForward = 36;
@@ -68,6 +72,8 @@ struct AppendItem {
 
 struct KernelTable {
   size_t (*forward_scratch_bytes)(const AttentionParams&);
+  // Of a copy of a head that a worker keeps from item to item; 0: none is of use.
+  size_t (*head_copy_bytes)(const AttentionParams&);
   void (*forward_item)(const AttentionParams&, const ForwardItem&, void* scratch);
 
   size_t (*decode_scratch_bytes)(const AttentionParams&);

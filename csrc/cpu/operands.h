@@ -47,31 +47,36 @@ struct FloatOperands {
   FASTATTN_FN void transposed(float* to, const Raw* from, int64_t stride, int64_t rows, int64_t columns, float factor) {
     transpose_rows<Element>(to, from, stride, rows, columns, factor);
   }
-  FASTATTN_FN Operand copied(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
+  FASTATTN_FN bool rows_are_in_place(int64_t) { return kInPlace; }
+  FASTATTN_FN bool columns_are_in_place(int64_t columns) { return kInPlace && columns % kColumnRows == 0; }
+  FASTATTN_FN Operand copied_rows(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
     const int64_t width = padded(columns);
     widen_rows<Element>(copy, width, from, stride, rows, columns, max_i64(rows, kRowPad), width);
     return {reinterpret_cast<const char*>(copy), width * 4};
+  }
+  FASTATTN_FN Operand copied_columns(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
+    return copied_rows(copy, from, stride, rows, columns);
   }
   // K or V as row-major A.
   FASTATTN_FN Operand broadcast_rows(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
     if constexpr (kInPlace) {
       if (rows >= kRowPad) return {reinterpret_cast<const char*>(from), stride * 4};
     }
-    return copied(copy, from, stride, rows, columns);
+    return copied_rows(copy, from, stride, rows, columns);
   }
   // V as column-major A: contraction over its rows.
   FASTATTN_FN Operand broadcast_columns(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
     if constexpr (kInPlace) {
-      if (columns % kColumnRows == 0) return {reinterpret_cast<const char*>(from), stride * 4};
+      if (columns_are_in_place(columns)) return {reinterpret_cast<const char*>(from), stride * 4};
     }
-    return copied(copy, from, stride, rows, columns);
+    return copied_columns(copy, from, stride, rows, columns);
   }
   // Q, dO or K as B: contraction over its rows.
   FASTATTN_FN Operand vector_rows(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
     if constexpr (kInPlace) {
       if (columns % kLanes == 0) return {reinterpret_cast<const char*>(from), stride * 4};
     }
-    return copied(copy, from, stride, rows, columns);
+    return copied_rows(copy, from, stride, rows, columns);
   }
 };
 
@@ -94,24 +99,29 @@ struct Bf16Operands {
   FASTATTN_FN void transposed(float* to, const Raw* from, int64_t stride, int64_t rows, int64_t columns, float) {
     transpose_pairs(reinterpret_cast<uint32_t*>(to), from, stride, rows, columns);
   }
-  FASTATTN_FN Operand broadcast_rows(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
-    // An odd last column would be paired with its neighbour in memory, which may be NaN.
-    if (rows >= kRowPad && columns % 2 == 0) return {reinterpret_cast<const char*>(from), stride * 2};
+  // An odd last column would be paired with its neighbour in memory, which may be NaN.
+  FASTATTN_FN bool rows_are_in_place(int64_t columns) { return columns % 2 == 0; }
+  FASTATTN_FN bool columns_are_in_place(int64_t) { return false; }
+  FASTATTN_FN Operand copied_rows(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
     uint16_t* to = reinterpret_cast<uint16_t*>(copy);
     const int64_t width = padded(columns);
     copy_pairs(to, width, from, stride, rows, columns, max_i64(rows, kRowPad), width);
     return {reinterpret_cast<const char*>(to), width * 2};
   }
-  FASTATTN_FN Operand interleaved(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
+  FASTATTN_FN Operand copied_columns(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
     uint32_t* to = reinterpret_cast<uint32_t*>(copy);
     interleave_rows(to, padded(columns), from, stride, rows, columns);
     return {reinterpret_cast<const char*>(to), padded(columns) * 4};
   }
+  FASTATTN_FN Operand broadcast_rows(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
+    if (rows >= kRowPad && rows_are_in_place(columns)) return {reinterpret_cast<const char*>(from), stride * 2};
+    return copied_rows(copy, from, stride, rows, columns);
+  }
   FASTATTN_FN Operand broadcast_columns(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
-    return interleaved(copy, from, stride, rows, columns);
+    return copied_columns(copy, from, stride, rows, columns);
   }
   FASTATTN_FN Operand vector_rows(float* copy, const Raw* from, int64_t stride, int64_t rows, int64_t columns) {
-    return interleaved(copy, from, stride, rows, columns);
+    return copied_columns(copy, from, stride, rows, columns);
   }
 };
 #endif

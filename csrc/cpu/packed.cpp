@@ -1,24 +1,13 @@
 #include "cpu/packed.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "core/sequence.h"
+#include "cpu/work.h"
 
 namespace fastattn::cpu {
 namespace {
-
-int64_t element_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
 
 int64_t statistic_bytes(const AttentionParams& p) { return p.dtype == DType::kFloat64 ? 8 : 4; }
 
@@ -64,17 +53,6 @@ AttentionParams problem_of(const AttentionParams& p, int64_t b) {
   one.row_max = moved(p.row_max, s.first_row * statistic);
   one.row_sum = moved(p.row_sum, s.first_row * statistic);
   return one;
-}
-
-// Rows [first, end) of every head become 0.
-void zero_rows(void* rows, const int64_t (&stride)[3], int64_t heads, int64_t first, int64_t end, int64_t columns,
-               int64_t element) {
-  for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t i = first; i < end; ++i) {
-      std::memset(static_cast<char*>(rows) + (h * stride[1] + i * stride[2]) * element, 0,
-                  static_cast<size_t>(columns * element));
-    }
-  }
 }
 
 template <class Real>
@@ -128,7 +106,7 @@ std::vector<AttentionGradParams> packed_problems(const AttentionGradParams& para
 
 void clear_rows_of_no_sequence(const AttentionParams& p) {
   const int64_t first = rows_of_sequences(p);
-  zero_rows(p.o, p.o_stride, p.Hq, first, p.packed_rows, p.Dv, element_bytes(p.dtype));
+  zero_rows(p.dtype, p.o, p.o_stride, 1, p.Hq, first, p.packed_rows, p.Dv);
   if (p.dtype == DType::kFloat64) {
     clear_statistics<double>(p, first);
   } else {
@@ -138,10 +116,10 @@ void clear_rows_of_no_sequence(const AttentionParams& p) {
 
 void clear_rows_of_no_sequence(const AttentionGradParams& params) {
   const AttentionParams& p = params.forward;
-  const int64_t element = element_bytes(p.dtype), first_key = keys_of_sequences(p);
-  zero_rows(params.dq, params.dq_stride, p.Hq, rows_of_sequences(p), p.packed_rows, p.D, element);
-  zero_rows(params.dk, params.dk_stride, p.Hkv, first_key, p.packed_keys, p.D, element);
-  zero_rows(params.dv, params.dv_stride, p.Hkv, first_key, p.packed_keys, p.Dv, element);
+  const int64_t first_key = keys_of_sequences(p);
+  zero_rows(p.dtype, params.dq, params.dq_stride, 1, p.Hq, rows_of_sequences(p), p.packed_rows, p.D);
+  zero_rows(p.dtype, params.dk, params.dk_stride, 1, p.Hkv, first_key, p.packed_keys, p.D);
+  zero_rows(p.dtype, params.dv, params.dv_stride, 1, p.Hkv, first_key, p.packed_keys, p.Dv);
 }
 
 }  // namespace fastattn::cpu

@@ -22,7 +22,9 @@
 #include "cpu/additive.h"
 #include "cpu/cached_rows.h"
 #include "cpu/gemm.h"
+#include "cpu/head_copy.h"
 #include "cpu/operands.h"
+#include "cpu/row_statistics.h"
 #include "cpu/tile.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -133,10 +135,10 @@ FASTATTN_FN TileRange clipped(const TileRange& range, int64_t j0, int64_t j1) {
   return {begin, max_i64(begin, min_i64(range.end, j1)), max_i64(range.full_begin, j0), min_i64(range.full_end, j1)};
 }
 
-// Takes the consumer over the keys [j0, j1) that the item's rows see.
+// Takes the consumer over the keys [j0, j1) that the item's rows see. `head`, if not null, is asked for each tile.
 template <class Operands, class Consumer>
 inline void walk_scores(const AttentionParams& p, const ForwardItem& item, int64_t j0, int64_t j1,
-                        const ScoreScratch& scratch, Consumer& consumer) {
+                        const ScoreScratch& scratch, Consumer& consumer, HeadCopy<Operands>* head = nullptr) {
   using Raw = typename Operands::Raw;
   const MaskGeometry g = mask_geometry(p, item.b);
   const TileRange seen = clipped(key_range(g, item.i0, item.i1), j0, j1);
@@ -171,15 +173,19 @@ inline void walk_scores(const AttentionParams& p, const ForwardItem& item, int64
       modifiers =
           score_modifiers(p, g, tile, rest_scale, kind == TileKind::kPartial ? scratch.keep : nullptr, scratch.bias);
     }
-    const CachedRows<Raw> k = cached_rows<typename Operands::Element>(p, cached_keys(p), item.b, hkv, tile.j0, tile.nk,
-                                                                      static_cast<Raw*>(scratch.k_cached));
     Operand keys;
-    if (has_tanh) {
-      TanhRows<Operands> additive_keys = key_rows<Operands>(k.data, k.stride, tile.nk, p.D, scratch.k);
-      take_common_form(queries, additive_keys);
-      keys = additive_keys.operand();
+    if (head != nullptr && head->take(tile)) {
+      keys = head->keys(tile);
     } else {
-      keys = Operands::broadcast_rows(scratch.k, k.data, k.stride, tile.nk, p.D);
+      const CachedRows<Raw> k = cached_rows<typename Operands::Element>(p, cached_keys(p), item.b, hkv, tile.j0,
+                                                                        tile.nk, static_cast<Raw*>(scratch.k_cached));
+      if (has_tanh) {
+        TanhRows<Operands> additive_keys = key_rows<Operands>(k.data, k.stride, tile.nk, p.D, scratch.k);
+        take_common_form(queries, additive_keys);
+        keys = additive_keys.operand();
+      } else {
+        keys = Operands::broadcast_rows(scratch.k, k.data, k.stride, tile.nk, p.D);
+      }
     }
     consumer.begin_tile(tile);
     const ScorePanel<Operands, Consumer> panel{
@@ -272,12 +278,8 @@ inline void finish_rows(const AttentionParams& p, const ForwardItem& item, float
 
 // Writes the row statistics that are asked for.
 inline void write_statistics(const AttentionParams& p, const ForwardItem& item, const RowScratch& rows) {
-  const int64_t first = stat_index(p, item.b, item.hq, item.i0);
   for (int64_t r = 0; r < item.i1 - item.i0; ++r) {
-    const float m = rows.row_max[r], l = rows.row_sum[r];
-    if (p.lse != nullptr) static_cast<float*>(p.lse)[first + r] = l == 0.0f ? m : m + __builtin_logf(l);
-    if (p.row_max != nullptr) static_cast<float*>(p.row_max)[first + r] = m;
-    if (p.row_sum != nullptr) static_cast<float*>(p.row_sum)[first + r] = l;
+    write_row_statistics(p, item.b, item.hq, item.i0 + r, rows.row_max[r], rows.row_sum[r]);
   }
 }
 

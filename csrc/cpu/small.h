@@ -13,6 +13,7 @@
 #include "core/sequence.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
+#include "cpu/row_statistics.h"
 #include "cpu/vector_math.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -145,10 +146,7 @@ inline void small_forward(const AttentionParams& p, int64_t b, int64_t hq, float
     }
     sum_of_rows<Element>(row, false, s, 1, row_at<const Raw>(p.v, p.v_stride, b, hkv, 0), p.v_stride[2], p.Lk, p.Dv);
     narrow_rows<Element>(row_at<Raw>(p.o, p.o_stride, b, hq, i), 0, row, 0, 1, p.Dv);
-    const int64_t at = stat_index(p, b, hq, i);
-    if (p.lse != nullptr) static_cast<float*>(p.lse)[at] = l == 0.0f ? m : m + __builtin_logf(l);
-    if (p.row_max != nullptr) static_cast<float*>(p.row_max)[at] = m;
-    if (p.row_sum != nullptr) static_cast<float*>(p.row_sum)[at] = l;
+    write_row_statistics(p, b, hq, i, m, l);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/work.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "cpu/attention.h"
@@ -86,6 +87,30 @@ AttentionParams heads_as_rows(const AttentionParams& p) {
   joined.o_stride[2] = p.o_stride[1];
   joined.o_stride[1] = p.o_stride[1] * joined.Lq;
   return joined;
+}
+
+int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+void zero_rows(DType dtype, void* rows, const int64_t (&stride)[3], int64_t batches, int64_t heads, int64_t first,
+               int64_t end, int64_t columns) {
+  const int64_t element = element_bytes(dtype);
+  for (int64_t b = 0; b < batches; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = first; i < end; ++i) {
+        char* row = static_cast<char*>(rows) + (b * stride[0] + h * stride[1] + i * stride[2]) * element;
+        std::memset(row, 0, static_cast<size_t>(columns * element));
+      }
+    }
+  }
 }
 
 }  // namespace fastattn::cpu

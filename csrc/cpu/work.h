@@ -106,6 +106,11 @@ const Part& owner_of(const std::vector<Part>& parts, int64_t item, int64_t Part:
   return *(next - 1);
 }
 
+int64_t element_bytes(DType dtype);
+// Rows [first, end) of every head become 0, `columns` elements of each.
+void zero_rows(DType dtype, void* rows, const int64_t (&stride)[3], int64_t batches, int64_t heads, int64_t first,
+               int64_t end, int64_t columns);
+
 // The passes of dense problems that make up one call, as one list of items. All differ in nothing but sizes and
 // pointers, and share d_sinks and dw.
 void run_forward(const std::vector<AttentionParams>& problems, const Parallel& parallel);
@@ -113,4 +118,5 @@ void run_forward(const std::vector<AttentionParams>& problems, const Parallel& p
 // been cleared.
 void run_backward(const std::vector<AttentionGradParams>& problems, const HardAttentionGradParams* hard,
                   const Parallel& parallel);
+
 }  // namespace fastattn::cpu
