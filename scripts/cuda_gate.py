@@ -3,8 +3,9 @@
     make cuda-gate                     after a build: fails on what is listed below
     scripts/cuda_gate.py --update      accepts what the build has, by writing the table anew
 
+FASTATTN_CUDA_ARCHS says which architectures, as it did for the build; without it, all that setup.py compiles for.
 Fails on: a warning; a spill; a kernel that takes more registers or more stack than the table says, or that the table
-does not have, or that is missing; a build of other architectures than setup.py's own; a library that takes more than
+does not have, or that is missing; a build that lacks an architecture; a library that takes more than
 60 MB of a wheel, or compilers that kept two cores busy for more than ten minutes, by the clock. Where CUDA's
 disassembler is installed (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`) it also looks into the machine
 code: tensor core products, matrix loads and asynchronous copies in every kernel that works on tiles, local memory in
@@ -277,27 +278,32 @@ class Entry:
     threads: int
     min_blocks: int
     shared: int  # static and dynamic
-    usages: tuple[Usage, ...]  # in the order of ARCHS
+    usages: tuple[Usage, ...]  # in the order of the table's archs
 
 
 @dataclass(frozen=True)
 class Table:
     toolkit: str  # "13.0"
     entries: dict[str, Entry]
+    archs: tuple[int, ...] = ARCHS
+
+    def usage(self, label: str, arch: int) -> Usage:
+        return self.entries[label].usages[self.archs.index(arch)]
 
 
-def make_table(log: Log, kernels: Mapping[str, Kernel], toolkit: str) -> Table:
+def make_table(log: Log, kernels: Mapping[str, Kernel], toolkit: str, archs: tuple[int, ...] = ARCHS) -> Table:
     entries = {}
     for mangled, kernel in kernels.items():
-        missing = [arch for arch in ARCHS if (mangled, arch) not in log.usages]
-        if missing:
-            archs = ", ".join(f"sm_{arch}" for arch in missing)
-            raise Trouble(f"{kernel.label} was not compiled for {archs}: build without {cuda_build.ARCHS_VARIABLE}")
-        usages = tuple(log.usages[mangled, arch] for arch in ARCHS)
+        if missing := [arch for arch in archs if (mangled, arch) not in log.usages]:
+            raise Trouble(
+                f"{kernel.label} was not compiled for {listed(missing)}: build without {cuda_build.ARCHS_VARIABLE}, or"
+                " check with what it was for the build"
+            )
+        usages = tuple(log.usages[mangled, arch] for arch in archs)
         constants = kernel.constants
         shared = constants.shared + max(usage.static_shared for usage in usages)
         entries[kernel.label] = Entry(constants.threads, constants.min_blocks, shared, usages)
-    return Table(toolkit, entries)
+    return Table(toolkit, entries, archs)
 
 
 _HEAD = """# What the CUDA kernels take
@@ -359,7 +365,7 @@ def find_faults(log: Log, built: Table) -> list[str]:
         f"{function}, which a kernel calls, spills registers" for function in dict.fromkeys(log.spilling_functions)
     ]
     for label, entry in built.entries.items():
-        for arch, usage in zip(ARCHS, entry.usages, strict=True):
+        for arch, usage in zip(built.archs, entry.usages, strict=True):
             if usage.spills:
                 stores, loads = usage.spill_stores, usage.spill_loads
                 faults.append(f"{label} spills on sm_{arch}: {stores} bytes of stores, {loads} bytes of loads")
@@ -386,7 +392,8 @@ def compare(built: Table, kept: Table) -> Findings:
                 f"{label} has {now.threads} threads, {now.min_blocks} CTAs and {now.shared} bytes of shared memory; the"
                 f" table says {before.threads}, {before.min_blocks} and {before.shared}"
             )
-        for arch, usage, limit in zip(ARCHS, now.usages, before.usages, strict=True):
+        for arch in built.archs:
+            usage, limit = built.usage(label, arch), kept.usage(label, arch)
             if usage.registers > limit.registers:
                 growth.append(f"{label} takes {usage.registers} registers on sm_{arch}, {limit.registers} before")
             if usage.stack > limit.stack:
@@ -449,8 +456,7 @@ def find_listing_faults(
         here = listing.counts
         kernel = kernels.get(mangled)
         label = kernel.label if kernel else mangled
-        entry = table.entries.get(label)
-        if entry is None or not entry.usages[ARCHS.index(arch)].stack:
+        if label not in table.entries or not table.usage(label, arch).stack:
             found = {name: here[name] for name in LOCAL if here[name]}
             faults += [f"{label} has {count} {LOCAL[name]} ({name}) on sm_{arch}" for name, count in found.items()]
         if kernel and kernel.has_tiles:
@@ -479,10 +485,16 @@ def check(*, update: bool) -> Iterator[tuple[str, str]]:
     log = parse_log(cuda_build.LOG.read_text(encoding="utf-8"))
     if not log.usages:
         raise Trouble(f"{cuda_build.LOG.relative_to(ROOT)} names no kernel")
+    archs = chosen_architectures()
     kernels = identify((mangled for mangled, _ in log.usages), toolkit)
-    built = make_table(log, kernels, version)
+    built = make_table(log, kernels, version, archs)
     faults = find_faults(log, built)
     yield from (("FAIL", fault) for fault in faults)
+    left_out = [arch for arch in ARCHS if arch not in archs]
+    if left_out:
+        yield "note", f"{listed(left_out)} not looked at: {cuda_build.ARCHS_VARIABLE} leaves them out"
+    if update and left_out:
+        raise Trouble(f"the table has {listed(ARCHS)}: --update needs a build for all of them")
     if update:
         TABLE.write_text(format_table(built), encoding="utf-8")
         yield "ok", f"{TABLE.relative_to(ROOT)} written: {len(built.entries)} kernels"
@@ -495,8 +507,7 @@ def check(*, update: bool) -> Iterator[tuple[str, str]]:
         if findings.failures:
             yield "note", "if that is meant: scripts/cuda_gate.py --update, and say why in the commit"
         elif not faults:
-            archs = ", ".join(f"sm_{arch}" for arch in ARCHS)
-            yield "ok", f"{len(built.entries)} kernels for {archs}: no warnings, no spills, no growth"
+            yield "ok", f"{len(built.entries)} kernels for {listed(archs)}: no warnings, no spills, no growth"
 
     size = compressed_bytes(LIBRARY)
     verdict = "ok" if size <= MAX_COMPRESSED_BYTES else "FAIL"
@@ -520,7 +531,7 @@ def check(*, update: bool) -> Iterator[tuple[str, str]]:
         )
         return
     before = len(faults)
-    for arch in ARCHS:
+    for arch in archs:
         try:
             listings = read_listing(LIBRARY, arch, environment)
         except RuntimeError as failure:
@@ -533,6 +544,18 @@ def check(*, update: bool) -> Iterator[tuple[str, str]]:
             f"machine code: {', '.join(WANTED)} in every kernel with tiles, no {', no '.join(LOCAL)};"
             f" {', '.join(COLLECTIVE)} by whole warps",
         )
+
+
+def chosen_architectures() -> tuple[int, ...]:
+    """What the build was told to compile for, and this as well."""
+    archs = cuda_build.architectures()
+    if unknown := [arch for arch in archs if arch not in ARCHS]:
+        raise Trouble(f"the table has {listed(ARCHS)}, and {cuda_build.ARCHS_VARIABLE} asks for {listed(unknown)}")
+    return archs
+
+
+def listed(archs: Iterable[int]) -> str:
+    return ", ".join(f"sm_{arch}" for arch in archs)
 
 
 def reason_to_skip() -> str:

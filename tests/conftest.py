@@ -28,6 +28,18 @@ def supported_isas() -> list[str]:
     return torch.ops.fastattn._supported_isas().split(",")
 
 
+def level_of(isa: str, dtype: torch.dtype) -> str:
+    """The first level whose code a level runs for a type."""
+    if dtype == torch.float64:
+        return ISAS[0]
+    return "avx512" if isa == "avx512_bf16" and dtype != torch.bfloat16 else isa
+
+
+def levels_of(dtype: torch.dtype) -> list[str]:
+    """Those that have code of their own for a type."""
+    return [isa for isa in ISAS if level_of(isa, dtype) == isa]
+
+
 def cuda_obstacle() -> str | None:
     """Why nothing can be tested on a GPU here; None = it can."""
     if _cuda.missing is not None:
@@ -47,11 +59,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of float64 run on the first level alone: it has one path on all of them (test_float64_has_one_path)."""
+    """What has one path on several levels runs on one of them; test_levels_that_share_a_path holds them to it."""
 
     def repeats_it(item: pytest.Item) -> bool:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return parameters.get("dtype") == torch.float64 and parameters.get("isa", ISAS[0]) != ISAS[0]
+        isa, dtype = parameters.get("isa"), parameters.get("dtype")
+        return isa is not None and isinstance(dtype, torch.dtype) and level_of(isa, dtype) != isa
 
     if repeated := [item for item in items if repeats_it(item)]:
         config.hook.pytest_deselected(items=repeated)

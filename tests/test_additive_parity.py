@@ -21,7 +21,7 @@ from .additive_calls import (
 )
 from .cases import ADDITIVE_CASES, Case, make_inputs
 from .compare import compute, expected, violations
-from .conftest import ISAS
+from .conftest import levels_of
 from .test_parity import dtype_id
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ from .test_parity import dtype_id
 def matrix() -> Iterator[Any]:
     for case in ADDITIVE_CASES:
         for dtype in DTYPES:
-            for isa in ISAS[:1] if dtype == torch.float64 else ISAS:
+            for isa in levels_of(torch.float32 if dtype == torch.bfloat16 else dtype):  # no dot products
                 yield pytest.param(case, dtype, isa, id=f"{case.id}-{dtype_id(dtype)}-{isa}")
 
 

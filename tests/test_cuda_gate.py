@@ -205,6 +205,23 @@ def test_a_kernel_is_there_for_every_architecture() -> None:
     assert table.entries == {"attention_combine bf16": Entry(128, 1, 512, tuple(usages[arch] for arch in ARCHS))}
 
 
+def test_a_build_for_fewer_architectures_is_held_to_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Table("13.0", {"a": Entry(128, 1, 0, (Usage(50), Usage(61)))}, archs=(80, 120))
+    kept = Table("13.0", {"a": Entry(128, 1, 0, tuple(Usage(60 if arch == 120 else 50) for arch in ARCHS))})
+    assert cuda_gate.compare(few, kept).failures == ["a takes 61 registers on sm_120, 60 before"]
+    log = cuda_gate.parse_log(LOG)
+    kernels = {COMBINE: Kernel("attention_combine bf16", Constants("attention_combine", 128, 1, 0))}
+    table = cuda_gate.make_table(log, kernels, "13.0", (80, 120))
+    assert table.entries["attention_combine bf16"].usages == (Usage(38), Usage(44))
+    monkeypatch.setenv("FASTATTN_CUDA_ARCHS", "80;120")
+    assert cuda_gate.chosen_architectures() == (80, 120)
+    monkeypatch.delenv("FASTATTN_CUDA_ARCHS")
+    assert cuda_gate.chosen_architectures() == ARCHS
+    monkeypatch.setenv("FASTATTN_CUDA_ARCHS", "80;86")
+    with pytest.raises(cuda_gate.Trouble, match="FASTATTN_CUDA_ARCHS asks for sm_86"):
+        cuda_gate.chosen_architectures()
+
+
 def test_build_time(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).touch()

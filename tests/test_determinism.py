@@ -14,7 +14,7 @@ import fastattn
 from . import hard_calls
 from .cases import Case, make_inputs
 from .compare import compute, differences
-from .conftest import supported_isas
+from .conftest import level_of, supported_isas
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -119,28 +119,47 @@ def level() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("level")
-@pytest.mark.parametrize("w", [None, "h"], ids=["attention", "additive"])
-def test_float64_has_one_path(w: str | None) -> None:
-    """The same bits on every level, forward and backward: so the other tests of float64 need run on one alone."""
+@pytest.mark.parametrize(
+    ("dtype", "w"),
+    [*((dtype, w) for dtype in DTYPES if dtype != torch.bfloat16 for w in (None, "h")), (torch.bfloat16, "h")],
+)
+def test_levels_that_share_a_path(dtype: torch.dtype, w: str | None) -> None:
+    """The same bits on all of them, forward and backward: so the other tests of a type need run on one alone."""
     kwargs: dict[str, Any] = {"w": w} if w else {"bias": "1hqk", "window": (70, 20), "sinks": True}
     shape: dict[str, Any] = {"Lq": 97, "Lk": 333, "D": 33, "Dv": 24, "B": 2, "gqa": 2}
     case = Case(**shape, causal="bottom_right", mask="b1qk", kv_lengths=(333, 131), **kwargs)
-    inputs = make_inputs(case, torch.float64).require_grad()
-    found = []
+    inputs = make_inputs(case, dtype).require_grad()
+    first: dict[str, Any] = {}
     for isa in supported_isas():
         torch.ops.fastattn._set_isa(isa)
-        found.append(compute(inputs))
-    assert not any(differences(other, found[0]) for other in found)
+        path = level_of(isa, torch.float32 if w and dtype == torch.bfloat16 else dtype)  # no dot products
+        found = compute(inputs)
+        assert not differences(found, first.setdefault(path, found)), isa
 
 
 @pytest.mark.usefixtures("level")
-def test_float64_has_one_path_in_hard_attention_and_summaries() -> None:
-    inputs = hard_calls.with_grad(make_inputs(Case(97, 333, D=33, Dv=24, B=2, gqa=2, mask="b1qk"), torch.float64))
-    found = []
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_levels_that_share_a_path_in_hard_attention_and_summaries(dtype: torch.dtype) -> None:
+    inputs = hard_calls.with_grad(make_inputs(Case(97, 333, D=33, Dv=24, B=2, gqa=2, mask="b1qk"), dtype))
+    first: dict[str, list[torch.Tensor]] = {}
     for isa in supported_isas():
         torch.ops.fastattn._set_isa(isa)
         quantities, index = hard_calls.compute(inputs)
         summary = fastattn.attention_summary(inputs.q, inputs.k, top_k=5, **inputs.kwargs)
-        found.append([*quantities.values(), index, *summary])
-    for other in found:
-        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+        found = [*quantities.values(), index, *summary]
+        wanted = first.setdefault(level_of(isa, dtype), found)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), isa
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_levels_that_share_a_path_in_caches(dtype: torch.dtype, quantize: Any) -> None:
+    q, k, v = (torch.randn(2, heads, 70, 32).to(dtype) for heads in (4, 2, 2))
+    first: dict[str, torch.Tensor] = {}
+    for isa in supported_isas():
+        torch.ops.fastattn._set_isa(isa)
+        cache = fastattn.KVCache(2, kv_heads=2, head_dim=32, page_size=16, dtype=dtype, quantize=quantize)
+        parts = [cache.attend(*[x[:, :, a:b] for x in (q, k, v)], causal=True) for a, b in ((0, 65), (65, 70))]
+        found = torch.cat(parts, dim=2)
+        assert torch.equal(found, first.setdefault(level_of(isa, dtype), found)), isa

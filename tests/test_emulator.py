@@ -37,9 +37,11 @@ from .emulator_checks import (
 
 
 def matrix() -> Iterator[Any]:
-    for case in CASES:
+    """Each case in float32 and one of the 16-bit types, which differ in conversions alone; every third in all."""
+    for n, case in enumerate(CASES):
+        left_out = {0: None, 1: torch.float16, 2: torch.bfloat16}[n % 3]
         for dtype in (torch.bfloat16,) if case.heavy else DTYPES:
-            if is_served(case):
+            if is_served(case) and (dtype != left_out or case.heavy):
                 yield pytest.param(case, dtype, id=f"{case.id}-{SHORT[dtype]}")
 
 

@@ -20,7 +20,7 @@ from fastattn.reference._attention import existing
 
 from .cases import LAYOUTS, Case, Inputs, accumulator, make_inputs
 from .compare import DotScores, Expected, Quantities, Spread, Terms, matmul_error2, violations
-from .conftest import ISAS
+from .conftest import levels_of
 from .hard_calls import DTYPES, MODES, compute
 from .philox import gumbel_noise
 from .test_parity import dtype_id
@@ -131,7 +131,7 @@ def assert_best(inputs: Inputs, index: Tensor, c2: Tensor, seed: int, mode: str,
 def matrix() -> Iterator[Any]:
     for n, case in enumerate(CASES):
         for dtype in DTYPES:
-            for isa in ISAS[:1] if dtype == torch.float64 else ISAS:
+            for isa in levels_of(dtype):
                 mode, temperature = MODES[n % 2], (1.0, 0.4, 3.0)[n % 3]
                 name = f"{case.id}-{mode}-t{temperature:g}-{dtype_id(dtype)}-{isa}"
                 yield pytest.param(case, mode, temperature, dtype, isa, id=name)

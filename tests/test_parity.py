@@ -1,7 +1,7 @@
 """o, lse and every gradient of every case, on every dtype and level, within the error bound of tests/compare.py.
 
-Covered: all cases of the table in float32, bfloat16 and float16 on all levels that the processor has, and in float64,
-which is one plain path on all of them, once. Long cases: float32 on all levels, 16-bit on the highest.
+Covered: all cases of the table in all types, on each level of the processor that has code of its own for the type. Long
+cases: float32 on all of those, 16-bit on the highest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import fastattn
 
 from .cases import CASES, Case, make_inputs
 from .compare import MANY, compute, expected, violations
-from .conftest import ISAS
+from .conftest import ISAS, levels_of
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -30,11 +30,9 @@ def dtype_id(dtype: torch.dtype) -> str:
 def matrix() -> Iterator[Any]:
     for case in CASES:
         for dtype in (torch.float32, *SIXTEEN_BITS, torch.float64):
-            levels = ISAS
-            if dtype == torch.float64:
-                levels = ISAS[:1] if not case.heavy else ()
-            elif case.heavy and dtype in SIXTEEN_BITS:
-                levels = ISAS[-1:]
+            levels = levels_of(dtype)
+            if case.heavy and dtype != torch.float32:
+                levels = levels[-1:] if dtype in SIXTEEN_BITS else []
             for isa in levels:
                 yield pytest.param(case, dtype, isa, id=f"{case.id}-{dtype_id(dtype)}-{isa}")
 

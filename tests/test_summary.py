@@ -24,7 +24,7 @@ from fastattn.reference._attention import existing, softmax
 from .bad_calls import Bad, zeros
 from .cases import LAYOUTS, SHAPES, Case, Inputs, accumulator, make_inputs
 from .compare import DotScores, Expected, Quantities, Spread, Terms, differences, violations
-from .conftest import ISAS
+from .conftest import levels_of
 from .test_parity import dtype_id
 from .test_poison import surround
 
@@ -159,7 +159,7 @@ def expected(case: Case, n: int, top_k: int, dtype: torch.dtype) -> tuple[Expect
 def matrix() -> Iterator[Any]:
     for n, case in enumerate(CASES):
         for dtype in DTYPES:
-            for isa in ISAS[:1] if dtype == torch.float64 else ISAS:
+            for isa in levels_of(dtype):
                 top_k = TOP_K[n % len(TOP_K)]
                 yield pytest.param(case, n, top_k, dtype, isa, id=f"{case.id}-top{top_k}-{dtype_id(dtype)}-{isa}")
 

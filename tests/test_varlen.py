@@ -14,7 +14,7 @@ from fastattn import reference
 
 from .bad_calls import Bad, zeros
 from .compare import compute, differences
-from .conftest import ISAS
+from .conftest import levels_of
 from .packed import PackedCase, PackedProblem, cumulated
 from .test_parity import SIXTEEN_BITS, dtype_id
 
@@ -39,7 +39,7 @@ CASES = [
 def matrix() -> Iterator[Any]:
     for case in CASES:
         for dtype in (torch.float32, *SIXTEEN_BITS, torch.float64):
-            for isa in ISAS[:1] if dtype == torch.float64 else ISAS:
+            for isa in levels_of(dtype):
                 yield pytest.param(case, dtype, isa, id=f"{case.id}-{dtype_id(dtype)}-{isa}")
 
 
