@@ -25,7 +25,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 # One stamp for each value of TORCH, so that asking for another one installs it.
 INSTALLED := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.+=_-' '_')
-EXTENSION := build/.extension
+# Likewise one for each choice of the CUDA build.
+EXTENSION := build/.extension-$(shell printf '%s' 'cuda_$(FASTATTN_CUDA)_$(FASTATTN_CUDA_ARCHS)' | tr -c 'A-Za-z0-9._' '_')
+OBJECTS := build/extension
 CORE := build/cmake/.built
 # .venv has transformers 5; the tests run on 4.57 too, which needs others of its packages than 5 does.
 TRANSFORMERS4 := $(VENV)/transformers4/.installed
@@ -111,7 +113,8 @@ $(TRANSFORMERS4): tests/transformers4.txt $(INSTALLED)
 	touch $@
 
 $(EXTENSION): setup.py scripts/cuda_build.py $(NATIVE_SOURCES) $(INSTALLED)
-	$(PY) setup.py build_ext --inplace
+	@rm -f build/.extension-*
+	$(PY) setup.py build_ext --inplace --build-temp $(OBJECTS)
 	@mkdir -p $(@D)
 	touch $@
 
@@ -121,6 +124,6 @@ $(CORE): CMakeLists.txt $(EXTENSION)
 	  { echo "fastattn: Python.h is missing, which the test module needs; on Debian and Ubuntu: apt install python3-dev" >&2; \
 	    exit 1; }
 	cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(CURDIR)/$(PY)" \
-	  -DFASTATTN_CPU_OBJECTS="$(CURDIR)/$$(dirname "$$(ls -t build/temp*/csrc/cpu/isa.o | head -n 1)")"
+	  -DFASTATTN_CPU_OBJECTS="$(CURDIR)/$(OBJECTS)/csrc/cpu"
 	cmake --build build/cmake --parallel $(MAX_JOBS)
 	touch $@

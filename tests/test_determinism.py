@@ -51,7 +51,9 @@ PLACED = [
     Case(197, 211, D=33, Dv=17, B=2),
     Case(230, 451, D=32, Hkv=1, gqa=2, causal="bottom_right"),
     Case(300, 261, D=16, B=2, window=(70, 21), kv_lengths=(261, 130)),
-    Case(20, 700, D=16, gqa=3, causal="top_left"),
+    Case(20, 700, D=16, gqa=5, causal="top_left"),
+    Case(330, 330, D=16, B=2, window=(64, 0)),
+    Case(331, 331, D=16, window=(65, 30), causal="top_left"),
 ]
 
 
@@ -90,8 +92,18 @@ def test_numbers_that_changed_in_place_are_read_again(isa: str, layout: str, dty
     assert fastattn.attention(q, k, v, kv_lengths=lengths).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"window": (100, 0)}], ids=["causal", "window"])
+def test_a_prompt_in_pages_is_one_in_a_row(isa: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, heads, 333, 32).to(dtype) for heads in (4, 2, 2))
+    cache = fastattn.KVCache(2, kv_heads=2, head_dim=32, page_size=7, dtype=dtype)
+    assert torch.equal(
+        cache.attend(q, k, v, causal=True, **options), fastattn.attention(q, k, v, causal=True, **options)
+    )
+
+
 def test_more_keys_than_a_copy_of_a_head_holds() -> None:
-    q, k, v = (torch.randn(1, L, 2, 128) for L in (65, 8500, 8500))
+    q, k, v = (torch.randn(1, L, 2, 128) for L in (200, 8500, 8500))
     o = fastattn.attention(*[x.transpose(1, 2) for x in (q, k, v)])
     assert torch.equal(o, fastattn.attention(*[x.transpose(1, 2).contiguous() for x in (q, k, v)]))
 

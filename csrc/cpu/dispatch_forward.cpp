@@ -47,7 +47,7 @@ struct ForwardPart {
   bool decodes;
   int64_t head_items;  // decoding: items that the query heads of a key head make
   KeyParts keys;
-  size_t head_copy_bytes = 0;
+  bool keeps_head = false;
   int64_t first_partial = 0;  // of its partial rows, in floats
   int64_t first_merge = 0;
 
@@ -66,6 +66,14 @@ bool decodes(const AttentionParams& p) {
   constexpr int64_t kMostRowsOfHead = 15;
   return p.Lq <= kMostRowsOfHead && p.w == nullptr && p.dropout_p == 0.0 && p.row_max == nullptr &&
          p.row_sum == nullptr && !is_small_forward(p);
+}
+
+// How many blocks of a head's rows see a key, at most.
+int64_t blocks_of_key(const AttentionParams& p, const RowBlocks& rows) {
+  const int64_t right = p.causal != Causal::kNone ? 0 : p.window_right;
+  if (p.window_left == kUnlimited || right == kUnlimited) return rows.blocks;
+  const int64_t left = min_i64(p.window_left, p.Lk);
+  return min_i64(rows.blocks, ceil_div(left + min_i64(right, p.Lk), kBlockRows) + 1);
 }
 
 class ForwardPlan {
@@ -88,19 +96,30 @@ class ForwardPlan {
       }
       scratch_bytes = std::max(scratch_bytes, table.forward_scratch_bytes(p));
       const RowBlocks rows(p.Lq);
-      const bool has_next = rows.blocks > 1 || p.Hq > p.Hkv;  // another item of the same key head
-      const size_t copy_bytes = has_next ? table.head_copy_bytes(p) : 0;
       if (rows.blocks > 1 || p.Lk < 2 * kLeastKeys) {
-        add({&p, items, 0, p.B, rows, false, 0, {0, p.Lk, 1}, copy_bytes});
+        add({&p, items, 0, p.B, rows, false, 0, {0, p.Lk, 1}});
         continue;
       }
-      for (int64_t b = 0; b < p.B; ++b) {
-        // Where keys are cut, items that follow one another are parts of them, and have no tile in common.
-        const KeyParts keys = cut_keys(p, b, p.Hq);
-        add({&p, items, b, b + 1, rows, false, 0, keys, keys.parts == 1 ? copy_bytes : 0});
-      }
+      for (int64_t b = 0; b < p.B; ++b) add({&p, items, b, b + 1, rows, false, 0, cut_keys(p, b, p.Hq)});
     }
     scratch_bytes = whole_pages(scratch_bytes);
+  }
+
+  // Decides for which parts a worker's copies of heads are of use, and how much memory it gets for them.
+  void keep_heads(int workers) {
+    constexpr size_t kMostOfAll = size_t{32} << 20;
+    const AttentionParams* last = nullptr;
+    size_t bytes = 0;
+    for (ForwardPart& part : parts_) {
+      // Where keys are cut, items that follow one another are parts of them, and have no tile in common.
+      if (part.decodes || part.keys.parts > 1) continue;
+      const int64_t items_of_key = blocks_of_key(*part.p, part.rows) * (part.p->Hq / part.p->Hkv);
+      if (part.p != last) bytes = whole_pages(table_.head_copy_bytes(*part.p, items_of_key / workers));
+      last = part.p;
+      if (bytes * static_cast<size_t>(workers) > kMostOfAll) continue;
+      part.keeps_head = bytes != 0;
+      head_copy_bytes = std::max(head_copy_bytes, bytes);
+    }
   }
 
   // scratch: scratch_bytes and, after them, head_copy_bytes.
@@ -125,7 +144,7 @@ class ForwardPlan {
     rows.j0 = j0;
     rows.j1 = j1;
     rows.partial = partial;
-    if (part.head_copy_bytes != 0) rows.head_copy = scratch + scratch_bytes;
+    if (part.keeps_head) rows.head_copy = scratch + scratch_bytes;
     table_.forward_item(p, rows, scratch);
   }
 
@@ -143,7 +162,6 @@ class ForwardPlan {
  private:
   void add(ForwardPart part) {
     items += part.items();
-    head_copy_bytes = std::max(head_copy_bytes, whole_pages(part.head_copy_bytes));
     if (part.has_partials()) {
       part.first_partial = partial_floats;
       part.first_merge = merge_items;
@@ -162,9 +180,10 @@ class ForwardPlan {
 }  // namespace
 
 void run_forward(const std::vector<AttentionParams>& problems, const Parallel& parallel) {
-  const ForwardPlan plan(problems, kernel_table());
+  ForwardPlan plan(problems, kernel_table());
   if (plan.items == 0) return;
   const int workers = worker_count(parallel, plan.items, plan.flop);
+  plan.keep_heads(workers);
   const size_t partial_bytes = whole_pages(sizeof(float) * static_cast<size_t>(plan.partial_floats));
   const size_t worker_bytes = plan.scratch_bytes + plan.head_copy_bytes;
   const Workspace workspace(partial_bytes + worker_bytes * static_cast<size_t>(workers));

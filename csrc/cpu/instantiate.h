@@ -41,8 +41,8 @@ size_t forward_scratch_bytes(const AttentionParams& p) {
   });
 }
 
-size_t head_copy_bytes(const AttentionParams& p) {
-  return with_operands(p, [&]<class Operands>() { return HeadCopy<Operands>::bytes(p); });
+size_t head_copy_bytes(const AttentionParams& p, int64_t uses) {
+  return with_operands(p, [&]<class Operands>() { return HeadCopy<Operands>::bytes(p, uses); });
 }
 
 void forward_item(const AttentionParams& p, const ForwardItem& item, void* scratch) {

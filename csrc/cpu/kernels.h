@@ -72,8 +72,8 @@ struct AppendItem {
 
 struct KernelTable {
   size_t (*forward_scratch_bytes)(const AttentionParams&);
-  // Of a copy of a head that a worker keeps from item to item; 0: none is of use.
-  size_t (*head_copy_bytes)(const AttentionParams&);
+  // Of a copy of a head that a worker keeps from item to item, for so many items; 0: none is of use.
+  size_t (*head_copy_bytes)(const AttentionParams&, int64_t uses);
   void (*forward_item)(const AttentionParams&, const ForwardItem&, void* scratch);
 
   size_t (*decode_scratch_bytes)(const AttentionParams&);

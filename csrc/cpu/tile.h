@@ -33,13 +33,16 @@ FASTATTN_FN int64_t key_step(const AttentionParams& p, int64_t keys) {
 }
 
 // The blocks of keys that cover a range: apart where all rows see all keys and where they do not, so that few tiles
-// need a mask. With a mask tensor, blocks lie where its empty tiles lie, however the range begins.
+// need a mask; those that need none begin and end at even keys (arithmetic in pairs). With a mask tensor, blocks lie
+// where its empty tiles lie, however the range begins.
 class KeyBlocks {
  public:
   inline __attribute__((always_inline)) KeyBlocks(const AttentionParams& p, const TileRange& range) : at_(range.begin) {
-    const bool has_full = p.mask == nullptr && range.full_begin < range.full_end;
-    ends_[0] = has_full ? range.full_begin : range.end;
-    ends_[1] = has_full ? range.full_end : range.end;
+    const int64_t full_begin = range.full_begin > range.begin ? round_up(range.full_begin, 2) : range.begin;
+    const int64_t full_end = range.full_end < range.end ? range.full_end & ~int64_t{1} : range.end;
+    const bool has_full = p.mask == nullptr && full_begin < full_end;
+    ends_[0] = has_full ? full_begin : range.end;
+    ends_[1] = has_full ? full_end : range.end;
     ends_[2] = range.end;
     for (int i = 0; i < 3; ++i) step_[i] = key_step(p, ends_[i] - (i == 0 ? at_ : ends_[i - 1]));
     is_aligned_ = p.mask != nullptr;
