@@ -20,7 +20,7 @@ class HeadCopy {
   using Raw = typename Operands::Raw;
 
  public:
-  // What a worker needs of memory, whose first kHeadCopyState bytes are 0 when a call begins, where so many of its items
+  // What a worker needs of memory, whose first kHeadCopyState bytes are 0 when a call begins, where `uses` of its items
   // read the same keys; 0: nothing is worth copying, or it is too much.
   static size_t bytes(const AttentionParams& p, int64_t uses) {
     constexpr size_t kMost = size_t{8} << 20;
