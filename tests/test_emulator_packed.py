@@ -117,6 +117,16 @@ def test_odd_lengths_lead_nowhere(odd: tuple[list[int], list[int]], dtype: torch
         assert (got[name][others] == 0).all(), name
 
 
+@each_dtype
+def test_rows_without_any_sequence(dtype: torch.dtype) -> None:
+    problem = PackedProblem(PackedCase((5, 7, 8), (9, 5, 6), {"causal": True, "Hkv": 1, "D": 32}), dtype)
+    problem.cu_seqlens = (torch.zeros(1, dtype=torch.int32),) * 2
+    got, _ = compute_emulated_packed(problem)
+    assert (got.pop("lse") == -math.inf).all()
+    assert set(got) == {"o", "dq", "dk", "dv"}
+    assert all((x == 0).all() for x in got.values())
+
+
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
