@@ -1,6 +1,6 @@
 // A worker's copy of one head's keys and values, in the form that the operands read (operands.h).
 //
-// A worker that computed a block of rows most often goes on with another block of the same head, and finds the tiles
+// Where workers are few, one that computed a block of rows soon gets another block of that head, and finds the tiles
 // that it packed before.
 //
 // The copy holds one interval of keys, which grows with the tiles that are asked for: upwards within a block of rows,
