@@ -44,7 +44,8 @@ class KVCache:
         v_head_dim: Dv, D by default.
         max_length: The number of keys that no sequence may exceed. Without pages all of it is allocated at once. None:
             no limit.
-        page_size: The number of keys in a page, any number; None: no pages. 16 to 64 wastes little memory.
+        page_size: The number of keys in a page, any number; None: no pages. 16 wastes the least memory, 64
+            is read faster (docs/kv-cache.md).
         num_pages: The pages of the pool, which are then allocated at once and never exceeded. None: as many as needed.
         dtype: Of q, k, v and o; float32, bfloat16, float16 or float64. torch's default dtype by default.
         quantize: "int8" or None.
