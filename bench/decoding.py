@@ -90,10 +90,11 @@ def _as_kvcache_does(x: Tensor) -> Tensor:
     return _memory.empty(x.shape, x.dtype, x.device).copy_(x)
 
 
-def _paged(x: Tensor, page_size: int, order: Tensor) -> Tensor:
-    """(B, H, L, D) as (pages, H, page_size, D), page n of the sequences in turn at place order[n]."""
-    B, H, L, D = x.shape
-    pages = x.view(B, H, L // page_size, page_size, D).transpose(1, 2).flatten(0, 1)
+def _paged(kv: tuple[Tensor, Tensor], page_size: int, order: Tensor) -> Tensor:
+    """(B, H, L, D) twice as (pages, H, 2, page_size, D), page n of the sequences in turn at place order[n]."""
+    B, H, L, D = kv[0].shape
+    pages = torch.stack([x.view(B, H, L // page_size, page_size, D) for x in kv], dim=3)
+    pages = pages.transpose(1, 2).flatten(0, 1)
     return _as_kvcache_does(pages).index_copy_(0, order, pages)
 
 
@@ -121,10 +122,13 @@ class Caches:
         self.mask = self._mask()
         self.options: list[dict[str, Any]] = [{} for _ in self.plain]
         self.stored = self.plain
+        self.memory: list[Any] | None = None  # two tensors that hold a cache's bytes, where `stored` are views of them
         if step.cache == "paged":
             order = torch.randperm(step.B * step.Lk // step.page_size, generator=generator)
             table = {"block_table": order.view(step.B, -1).to(torch.int32)}
-            self.stored = [(_paged(k, step.page_size, order), _paged(v, step.page_size, order)) for k, v in self.plain]
+            pages = [_paged(kv, step.page_size, order) for kv in self.plain]
+            self.stored = [(x[:, :, 0], x[:, :, 1]) for x in pages]
+            self.memory = [x.view(2, -1) for x in pages]  # its halves, whatever they hold
             self.options = [table for _ in self.plain]
         elif step.cache == "int8":
             rows = [(_quantised(k), _quantised(v)) for k, v in self.plain]
@@ -140,7 +144,7 @@ class Caches:
         )
 
     def read(self, n: int) -> Any:
-        return torch.ops.fastattn._sum_words(*self.stored[n])
+        return torch.ops.fastattn._sum_words(*(self.memory or self.stored)[n])
 
     def contiguous(self, n: int) -> Tensor:
         return fastattn.attention(self.q, *self.plain[n], causal=True)

@@ -579,8 +579,13 @@ class _Storage:
         self.v_scale: Tensor | None = None
         # Ordinary tensors: those made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self.k = _memory.empty((*shape, cache.head_dim), stored, cache.device)
-            self.v = _memory.empty((*shape, cache.v_head_dim), stored, cache.device)
+            if cache.is_paged and cache.head_dim == cache.v_head_dim:
+                # A head's keys and values of a page lie next to each other: memory delivers long pieces faster.
+                pairs = _memory.empty((*shape[:2], 2, page_size, cache.head_dim), stored, cache.device)
+                self.k, self.v = pairs[:, :, 0], pairs[:, :, 1]
+            else:
+                self.k = _memory.empty((*shape, cache.head_dim), stored, cache.device)
+                self.v = _memory.empty((*shape, cache.v_head_dim), stored, cache.device)
             if cache.quantize is not None:
                 self.k_scale = _memory.empty(shape, torch.float32, cache.device)
                 self.v_scale = _memory.empty(shape, torch.float32, cache.device)
