@@ -3,11 +3,18 @@
 #   TORCH=torch==2.14.1    another torch (the built library serves every torch from 2.10 on)
 #   PYTHON=python3.12      the interpreter that .venv is made from
 #   MAX_JOBS=1             compilers at a time (default: by cores and free memory)
+#   WHEEL_TORCH="torch==2.10.0 torch==2.13.0" WHEEL_PYTHON="python3.11 python3.12"   what make test-wheel tries
 #   PYTEST_ARGS=... BENCH_ARGS=...   passed on, e.g. PYTEST_ARGS="-k causal" BENCH_ARGS=--quick; the tests run in
 #                          as many processes as there are cores, with PYTEST_ARGS="-n 0" in one
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
+# The lowest that is supported, the one of .venv, the newest.
+WHEEL_TORCH ?= torch==2.10.0 $(TORCH) torch==2.14.1
+WHEEL_PYTHON ?=
+WHEEL_GATES_ARGS ?=
+# The oldest C library that wheels load on.
+GLIBC := 2.28
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -31,9 +38,11 @@ OBJECTS := build/extension
 CORE := build/cmake/.built
 # .venv has transformers 5; the tests run on 4.57 too, which needs others of its packages than 5 does.
 TRANSFORMERS4 := $(VENV)/transformers4/.installed
+RELEASE_TOOLS := $(VENV)/.release-tools
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench test venv build core lint format typecheck sanitize cuda-gate gpu-check wheel clean distclean
+.PHONY: help bench test venv build core lint format typecheck sanitize cuda-gate gpu-check wheel wheel-gates test-wheel \
+	clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -41,7 +50,7 @@ help:  ## list the targets
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST) | head -n 5
+	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST) | head -n 6
 
 bench: build  ## compare with PyTorch SDPA: a table, a plot, and a model trained on real data
 	$(PY) -m bench $(BENCH_ARGS)
@@ -77,10 +86,21 @@ cuda-gate: build  ## hold what ptxas made of the CUDA kernels against docs/cuda-
 gpu-check: $(if $(wildcard fastattn/_C_cuda.so),,build)  ## check everything that needs an NVIDIA GPU, and time it
 	scripts/gpu_check.sh
 
-wheel: venv  ## build the sdist and, from it, the wheel into dist/
-	rm -rf dist
-	$(PY) -m build --no-isolation --outdir dist
-	@ls -l dist
+# From the sdist, which is thereby known to be complete.
+wheel: $(RELEASE_TOOLS)  ## build the sdist and, from it, the wheel into dist/, repair it and hold it to the gates
+	rm -rf dist build/wheel
+	FASTATTN_GLIBC=$(GLIBC) $(PY) -m build --no-isolation --outdir build/wheel
+	$(PY) -m auditwheel repair --plat manylinux_$(subst .,_,$(GLIBC))_$(shell uname -m) --only-plat --wheel-dir dist \
+	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda.so*' build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist/
+	$(MAKE) wheel-gates
+
+wheel-gates: $(RELEASE_TOOLS)  ## hold what is in dist/ to the gates of a release: symbols, tags, size, contents, metadata
+	$(PY) scripts/wheel_gates.py $(WHEEL_GATES_ARGS) dist/*
+
+test-wheel: | $(PY)  ## install the wheel of dist/ into fresh environments, of WHEEL_TORCH and all Pythons, and try it
+	$(PY) scripts/test_wheel.py dist/*.whl --torch $(WHEEL_TORCH) --torch-of-others '$(TORCH)' \
+	  $(if $(WHEEL_PYTHON),--python $(WHEEL_PYTHON))
 
 clean:  ## remove what was built
 	rm -rf build dist fastattn.egg-info fastattn/*.so .mypy_cache .ruff_cache .pytest_cache
@@ -105,6 +125,11 @@ $(INSTALLED): pyproject.toml scripts/requirements.py | $(PY)
 	$(PY) scripts/requirements.py bench test dev > $(VENV)/requirements.txt
 	$(PY) -m pip install --progress-bar off $(TORCH) -r $(VENV)/requirements.txt
 	echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastattn.pth"
+	touch $@
+
+$(RELEASE_TOOLS): $(INSTALLED)
+	$(PY) scripts/requirements.py release > $(VENV)/release.txt
+	$(PY) -m pip install --progress-bar off -r $(VENV)/release.txt
 	touch $@
 
 $(TRANSFORMERS4): tests/transformers4.txt $(INSTALLED)

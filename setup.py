@@ -9,11 +9,13 @@ every torch >= 2.10, with or without CUDA. ``csrc/sources.txt`` lists what goes 
   where nvcc is found: on PATH, in CUDA_HOME or in /usr/local/cuda. torch need not have CUDA.
 * ``FASTATTN_CUDA_ARCHS``: the GPUs to compile for, ``80;90;100;120`` by default. Later ones compile the PTX of sm_80.
 * ``FASTATTN_DEBUG``: ``1`` builds with ``-O0 -g``.
+* ``FASTATTN_GLIBC``: the oldest glibc to load on, such as ``2.28``, as wheels need it; by default that of this system.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ except ImportError:  # setuptools before 70.1
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import cuda_build  # noqa: E402
+import glibc_stubs  # noqa: E402
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the library loads under
 # What one compiler takes at most; the heaviest files are the per-ISA kernels.
@@ -126,6 +129,7 @@ class Build(BuildExtension):
             # One symbol stays undefined, that of the current stream. It is in libtorch_cuda.so, to which libtorch.so
             # leads wherever torch has CUDA; a torch without CUDA has an empty libtorch.so, which will do for linking.
             link_flags=[
+                *OLD_GLIBC,
                 *(f"-L{path}" for path in library_paths()),
                 *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"),
                 "-Wl,--exclude-libs,ALL",
@@ -139,6 +143,12 @@ class Build(BuildExtension):
 CUDA_LIBRARY = "fastattn._C_cuda"
 DEFINE_TARGET = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
 STRIP = [] if DEBUG else ["-s"]
+# Before every library of the system.
+OLD_GLIBC = (
+    glibc_stubs.make_stubs(shlex.split(os.environ.get("CXX") or "c++"), glibc, ROOT / "build" / "glibc")
+    if (glibc := os.environ.get(glibc_stubs.VARIABLE))
+    else []
+)
 toolkit, why_without_cuda = choose_cuda()
 os.environ.setdefault("MAX_JOBS", str(default_jobs()))
 
@@ -152,7 +162,7 @@ setup(
             define_macros=[("FASTATTN_BUILD_FLAGS", f'"{" ".join(FLAGS)}"')],
             extra_compile_args=[*FLAGS, *WARNINGS, DEFINE_TARGET, *SYSTEM_INCLUDES],
             # --as-needed and --no-undefined: link libtorch's C functions and nothing else, and notice what is missing.
-            extra_link_args=["-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", *STRIP],
+            extra_link_args=[*OLD_GLIBC, "-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", *STRIP],
             py_limited_api=True,
         ),
         # Its sources are listed for the sake of sdist; Build reads them anew.

@@ -13,13 +13,20 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import library_gates  # noqa: E402
+from library_gates import dynamic_symbols, needed_libraries  # noqa: E402
+
 LIBRARIES = ("_C_cpu.so", "_C_cuda.so")
 LEVELS = ("avx2", "avx512", "avx512_bf16")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
@@ -195,31 +202,9 @@ def library(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def dynamic_symbols(library: Path, kind: str) -> list[str]:
-    lines = tool("nm", "--dynamic", kind, library).splitlines()
-    return [line.split()[-1].split("@")[0] for line in lines]
-
-
-def needed_libraries(library: Path) -> list[str]:
-    return re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "--dynamic", library))
-
-
-def test_the_library_needs_neither_python_nor_openmp(library: Path) -> None:
-    needed = needed_libraries(library)
-    assert needed
-    # Nor any of CUDA's, whose names and versions differ from torch to torch.
-    unwanted = re.compile(
-        r"libtorch_python|libpython|libg?omp|libiomp|libtbb|libmkl|libcuda|libcudart|libnv|libtorch_cuda"
-    )
-    assert not [name for name in needed if unwanted.match(name)]
-    assert not re.search(r"\((RPATH|RUNPATH)\)", tool("readelf", "--dynamic", library))
-
-
-def test_the_library_uses_only_the_stable_interface_of_torch(library: Path) -> None:
-    undefined = dynamic_symbols(library, "--undefined-only")
-    assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
-    unstable = re.compile(r"_ZNK?(2at|3c10|5torch)|_ZT[IVS]N(2at|3c10|5torch)|Py|_Py|GOMP_|omp_|__kmpc")
-    assert not [name for name in undefined if unstable.match(name)]
+@pytest.mark.parametrize("gate", library_gates.GATES, ids=lambda gate: gate.__name__)
+def test_the_library_passes_the_gates_of_a_wheel(library: Path, gate: Callable[[Path], list[str]]) -> None:
+    assert gate(library) == []
 
 
 # What only libtorch_cuda.so defines, among what the CUDA library needs. The linker of a torch without CUDA cannot
@@ -234,21 +219,9 @@ def test_whatever_is_undefined_is_defined_somewhere(library: Path) -> None:
     if library.name == "_C_cuda.so":
         assert "libtorch.so" in needed_libraries(library), "it leads to libtorch_cuda.so where torch has CUDA"
     by_torch = {name for provider in providers for name in dynamic_symbols(provider, "--defined-only")}
-    # Of the system's libraries every symbol has a version, but for what torch's libraries happen to export as well.
+    # Of the system's libraries every symbol has a version.
     lines = tool("nm", "--dynamic", "--undefined-only", library).splitlines()
     undefined = {line.split()[-1] for line in lines if line.split()[0] == "U" and "@" not in line}
-    undefined = {name for name in undefined if not re.match(r"_ZN[KRO]*St|_ZSt|_ZT[ISV]N?St", name)}
     allowed = FROM_CUDA_TORCH if library.name == "_C_cuda.so" else set()
     assert undefined - by_torch <= allowed
     assert allowed <= undefined
-
-
-def test_the_library_exports_nothing_of_its_own(library: Path) -> None:
-    """Not even the type names of the C++ library would matter; our functions could clash with another build of us."""
-    exported = dynamic_symbols(library, "--defined-only")
-    assert not [name for name in exported if "fastattn" in name or name.startswith(("PyInit", "cuda", "__cuda"))]
-
-
-def test_the_library_asks_for_no_executable_stack(library: Path) -> None:
-    (stack,) = re.findall(r"GNU_STACK.*", tool("readelf", "--wide", "--program-headers", library))
-    assert "RWE" not in stack
