@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ LOG = BUILD / "ptxas.log"
 
 # The first nvcc that knows sm_100 and sm_120.
 OLDEST_NVCC = (12, 8)
+# Where `pip install fastattn[nvcc]` puts it.
+PIP_TOOLKIT = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
 ARCHS_VARIABLE = "FASTATTN_CUDA_ARCHS"
 DEFAULT_ARCHS = "80;90;100;120"
 # The one virtual architecture: the kernels use nothing beyond it, and its PTX runs on every later GPU.
@@ -46,13 +49,13 @@ class Missing(Exception):
 
 
 def find_toolkit() -> Toolkit:
-    """The nvcc on PATH, in CUDA_HOME (or CUDA_PATH) or in /usr/local/cuda, in this order."""
+    """The nvcc on PATH, in CUDA_HOME (or CUDA_PATH), in /usr/local/cuda or of pip's packages, in this order."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [None, *(f"{home}/bin" for home in [*homes, "/usr/local/cuda"])]
+    folders = [None, *(f"{home}/bin" for home in [*homes, "/usr/local/cuda", PIP_TOOLKIT])]
     found = (shutil.which("nvcc", path=folder) for folder in folders)
     nvcc = next((path for path in found if path), None)
     if nvcc is None:
-        raise Missing("nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda")
+        raise Missing("nvcc was not found on PATH, in CUDA_HOME, in /usr/local/cuda or among pip's packages")
     # It prints the folders that it would compile and link with.
     command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
     try:
@@ -67,7 +70,10 @@ def find_toolkit() -> Toolkit:
     number = (int(release[1]), int(release[2]))
     if number < OLDEST_NVCC:
         raise Missing("{} is of CUDA {}.{}; at least {}.{} is needed".format(nvcc, *number, *OLDEST_NVCC))
-    return Toolkit(nvcc, number, tuple(shlex.split(libraries[1])))
+    # pip's packages have one folder of libraries, where nvcc looks for lib64.
+    beside = Path(nvcc).resolve().parent.parent / "lib"
+    more = [f"-L{beside}"] if (beside / "libcudart_static.a").exists() else []
+    return Toolkit(nvcc, number, (*shlex.split(libraries[1]), *more))
 
 
 def architectures() -> tuple[int, ...]:

@@ -44,7 +44,7 @@ q = torch.randn(2, 4, 100, 64, requires_grad=True)
 start = time.perf_counter(); o = fastattn.attention(q, q, q, causal=True)
 call_s = time.perf_counter() - start
 o.sum().backward()
-print(f"import torch {{torch_s:.2f}} s, import fastattn {{import_s * 1000:.0f}} ms more, first call {{call_s * 1000:.1f}} ms")
+print(f"import torch {{torch_s:.2f}} s, fastattn {{import_s * 1000:.0f}} ms more, first call {{call_s * 1000:.1f}} ms")
 print(torch.version.cuda is not None, fastattn._cuda.missing is None, fastattn.__file__, fastattn._cuda.missing)
 """
 
@@ -58,8 +58,7 @@ class Combination:
 
 
 def pythons() -> list[str]:
-    """The interpreters of this machine that can make an environment: on PATH as python3.N, and pyenv's; the one that
-    runs this first, one for each version."""
+    """One interpreter for each version that can make an environment: this one first, then PATH's and pyenv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     names = (shutil.which(f"python3.{minor}") for minor in range(OLDEST_PYTHON[1], 20))
     candidates = [sys.executable, *(name for name in names if name), *map(str, sorted(pyenv.glob("*/bin/python3")))]

@@ -538,7 +538,7 @@ esac"""
 @pytest.mark.parametrize(
     ("nvcc", "said"),
     [
-        (None, "nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda"),
+        (None, "nvcc was not found on PATH, in CUDA_HOME, in /usr/local/cuda or among pip's packages"),
         (OLD_NVCC, "nvcc is of CUDA 12.4; at least 12.8 is needed"),
         ("exit 1", "nvcc does not run"),
         ("echo hello", "nvcc is not NVIDIA's compiler"),
