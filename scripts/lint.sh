@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Formatting, lint and types, with no file left out. Runs every check before it fails. --fix rewrites what it can first.
+# Formatting, lint, types, and what workflows may do, with no file left out. Runs every check before it fails. --fix rewrites what it can first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -27,6 +27,7 @@ check "120 columns" keeps_to_columns
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy
+check "zizmor" zizmor --offline --quiet .github/workflows
 for script in .ci/run scripts/*.sh; do check "bash -n $script" bash -n "$script"; done
 
 if ((${#failed[@]})); then
