@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+from fastattn import _requirements as _requirements  # first: refuses a torch that is too old for the rest
+
+# isort: split
 from fastattn import _provider as _provider  # makes fastattn known to torch.nn.attention, and activates nothing
 from fastattn import integrations, nn, reference
 from fastattn._additive import additive_attention

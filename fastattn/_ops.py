@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import _cuda, _errors
+from fastattn import _cuda, _errors, _requirements
 from fastattn._autograd import Tensors
 
 _LIBRARY = Path(__file__).with_name("_C_cpu.so")
@@ -24,12 +24,7 @@ CAPABILITY_VARIABLE = "FASTATTN_CPU_CAPABILITY"
 
 
 def _load() -> None:
-    if not _LIBRARY.exists():
-        raise ImportError(
-            f"fastattn's compiled library {_LIBRARY} is missing; build it with `pip install --no-build-isolation .`,"
-            " or in a source tree with `python setup.py build_ext --inplace`."
-        )
-    torch.ops.load_library(str(_LIBRARY))
+    _requirements.load_library(_LIBRARY)
     _cuda.load()
     capability = os.environ.get(CAPABILITY_VARIABLE)
     if capability:

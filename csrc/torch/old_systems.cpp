@@ -1,8 +1,8 @@
 // What a library that was built with a new GNU compiler brings along for systems whose own C++ library is older.
 //
-// Headers of a new libstdc++ call functions that older ones lack. Some of them happen to be exported by the torch of one
-// distributor and not by another's, so that a library without copies of its own may or may not load. The versions of the
-// C library's functions are a matter of linking: see scripts/glibc_stubs.py.
+// Headers of a new libstdc++ call functions that older ones lack. Some of them happen to be exported by the torch of
+// one distributor and not by another's, so that a library without copies of its own may or may not load. The versions
+// of the C library's functions are a matter of linking: see scripts/glibc_stubs.py.
 #include <sstream>
 
 #if defined(__GLIBCXX__) && defined(__linux__)
