@@ -31,9 +31,11 @@ OBJECTS := build/extension
 CORE := build/cmake/.built
 # .venv has transformers 5; the tests run on 4.57 too, which needs others of its packages than 5 does.
 TRANSFORMERS4 := $(VENV)/transformers4/.installed
+# The documentation's tools, which nothing else needs; neither do they need torch.
+DOCS_TOOLS := $(VENV)/.docs-installed
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench test venv build core lint format typecheck sanitize cuda-gate gpu-check wheel clean distclean
+.PHONY: help bench test venv build core lint format typecheck sanitize cuda-gate gpu-check docs wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -77,6 +79,10 @@ cuda-gate: build  ## hold what ptxas made of the CUDA kernels against docs/cuda-
 gpu-check: $(if $(wildcard fastattn/_C_cuda.so),,build)  ## check everything that needs an NVIDIA GPU, and time it
 	scripts/gpu_check.sh
 
+docs: $(DOCS_TOOLS)  ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 wheel: venv  ## build the sdist and, from it, the wheel into dist/
 	rm -rf dist
 	$(PY) -m build --no-isolation --outdir dist
@@ -110,6 +116,11 @@ $(INSTALLED): pyproject.toml scripts/requirements.py | $(PY)
 $(TRANSFORMERS4): tests/transformers4.txt $(INSTALLED)
 	rm -rf $(@D)
 	$(PY) -m pip install --progress-bar off --no-compile --no-deps --target $(@D) -r $<
+	touch $@
+
+$(DOCS_TOOLS): pyproject.toml scripts/requirements.py | $(PY)
+	$(PY) scripts/requirements.py docs > $(VENV)/requirements-docs.txt
+	$(PY) -m pip install --progress-bar off -r $(VENV)/requirements-docs.txt
 	touch $@
 
 $(EXTENSION): setup.py scripts/cuda_build.py $(NATIVE_SOURCES) $(INSTALLED)
