@@ -46,7 +46,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
 def machine(document: dict[str, Any]) -> str:
     """Where and when, in one sentence."""
     m = document["machine"]
-    peaks = {dtype: peak for dtype, peak in document.get("peaks_gflops", {}).items() if dtype in ("float32", "bfloat16")}
+    peaks = {
+        dtype: peak for dtype, peak in document.get("peaks_gflops", {}).items() if dtype in ("float32", "bfloat16")
+    }
     peak = ", ".join(f"{value:.0f} GFLOP/s in {dtype}" for dtype, value in peaks.items())
     return (
         f"{m['cpu']}, {m['isa']}, {m['threads']} threads, torch {m['versions']['torch']}, {m['date']}, commit"
@@ -89,10 +91,9 @@ def growth(points: list[dict[str, Any]]) -> str:
     lines = []
     for point in points:
         mib = None if point["extra_bytes"] is None else point["extra_bytes"] / 2**20
-        lines.append(
-            [point["family"], PEERS.get(point["name"], point["name"]), str(point["length"]), number(point["ms"])]
-            + [number(mib) if mib is not None else point["note"]]
-        )
+        name = PEERS.get(point["name"], point["name"])
+        memory = number(mib) if mib is not None else point["note"]
+        lines.append([point["family"], name, str(point["length"]), number(point["ms"]), memory])
     header = ["family", "by", "length", "ms", "MiB beyond inputs and results"]
     return table(header, lines, left=2)
 

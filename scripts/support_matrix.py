@@ -276,8 +276,7 @@ def refusal(name: str, problem: Problem, feature: Feature | None = None) -> str 
 
     Only a refusal in this library's own words counts as one: anything else is an error here.
     """
-    # "cuda" is a device like any other to tensors without data. Numbers in them cannot be read: on the CPU the checks of
-    # values are given zeros.
+    # To tensors without data "cuda" is a device like any other. Their numbers cannot be read: the checks are given zeros.
     with FakeTensorMode(), torch.no_grad():
         arguments = arguments_of(name, problem, feature)
         if arguments is None:
@@ -315,7 +314,7 @@ def _outputs(result: Any) -> list[Tensor]:
 
 
 def gradients(name: str) -> tuple[list[str], bool, bool]:
-    """What a function's results can be differentiated by, on the CPU, in float64; whether twice, and in forward mode."""
+    """What a function's results can be differentiated by, in float64 on the CPU; whether twice, and in forward mode."""
     function = getattr(fastattn, name)
     problem = replace(PLAIN, dtype=torch.float64)
     found, twice, forward = [], False, False
@@ -395,7 +394,8 @@ def levels() -> list[Level]:
         guard = re.search(r"^#if .*?defined\((\w+)\)", text, flags=re.MULTILINE)
         target = re.search(r'^#pragma GCC target\("([^"]*)"', text, flags=re.MULTILINE)
         header = re.search(r'^#include "(cpu/simd/\w+\.h)"', text, flags=re.MULTILINE)
-        assert "ISA" in settings and header, f"{path} is written otherwise than its neighbours"
+        assert "ISA" in settings, f"{path} does not name its level"
+        assert header, f"{path} is written otherwise than its neighbours"
         simd = (ROOT / "csrc" / header.group(1)).read_text(encoding="utf-8")
         lanes = re.search(r"constexpr int kLanes = (\d+)", simd)
         assert lanes, f"{header.group(1)} does not say kLanes"

@@ -58,9 +58,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def run(command: str, *argv: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *argv], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, *argv], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     assert done.stdout.strip(), f"{command} printed nothing"
     return done.stdout
@@ -100,7 +98,9 @@ def test_every_block_is_of_a_kind_that_is_tested(page):
         where = f"{name(page)}, line {line}"
         assert language in LANGUAGES, f"{where}: a block in {language!r} is run by nobody"
         if language in ("text", ""):
-            program = re.search(r"^ *(>>> |\$ |import |from \S+ import |make |pip |python3? )", code, flags=re.MULTILINE)
+            program = re.search(
+                r"^ *(>>> |\$ |import |from \S+ import |make |pip |python3? )", code, flags=re.MULTILINE
+            )
             assert not program, f"{where}: {program.group().strip()!r} belongs into a block that is run"
     indented = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
     assert not re.search(r"\n\n {4,}(import |>>> |pip |make )", indented), "an indented block is run by nobody"
@@ -123,7 +123,8 @@ def test_three_commands_lead_to_a_replaced_model():
     # What an unisolated build takes from the environment; ninja is how torch compiles, and a venv may lack setuptools.
     assert {"torch", "setuptools", "ninja"} <= set(packages)
     assert install == "pip install --no-build-isolation ."
-    assert use.startswith("cd .. && python -c ") and "replace_" in use
+    assert use.startswith("cd .. && python -c ")
+    assert "replace_" in use
     assert "served by fastattn: 1" in run(use, *shlex.split(use.split(" && ")[1])[1:])
 
 
@@ -255,8 +256,10 @@ def test_environment_variables_are_those_of_the_source():
 # --- What is generated ------------------------------------------------------------------------------------------------
 
 
-def test_performance_tables_are_those_of_the_results():
-    command = "python scripts/performance_page.py --check"
+@pytest.mark.parametrize("script", ["performance_page", "figures"])
+def test_what_scripts_write_is_new(script):
+    """The tables of docs/performance.md, and the figures. tests/test_support_matrix.py has the third."""
+    command = f"python scripts/{script}.py --check"
     done = subprocess.run([sys.executable, *command.split()[1:]], check=False, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
