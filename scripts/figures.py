@@ -513,7 +513,7 @@ def emulator() -> Drawing:
     d.text(
         x,
         y + 86,
-        "A report names both call sites. So it does for accesses out of bounds, misaligned, or of what is not yet copied.",
+        "A report names both call sites; of accesses out of bounds, misaligned, or to what is not yet copied, too.",
         size=11.5,
         color=MUTED,
     )

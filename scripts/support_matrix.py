@@ -276,7 +276,7 @@ def refusal(name: str, problem: Problem, feature: Feature | None = None) -> str 
 
     Only a refusal in this library's own words counts as one: anything else is an error here.
     """
-    # To tensors without data "cuda" is a device like any other. Their numbers cannot be read: the checks are given zeros.
+    # To tensors without data "cuda" is a device like any other. Their numbers cannot be read: the checks see zeros.
     with FakeTensorMode(), torch.no_grad():
         arguments = arguments_of(name, problem, feature)
         if arguments is None:
