@@ -1,13 +1,15 @@
 """Draws the figures of the documentation as SVG files in docs/.
 
 Which keys a row sees comes from `fastattn.reference.visible`, the specification that the tests hold the kernels to; the
-sizes of tiles, from the sources that define them. `python scripts/figures.py` draws all; --check says whether that
-would change a file.
+sizes of tiles, from the sources that define them; measurements, from the files in bench/results.
+`python scripts/figures.py` draws all; --check says whether that would change a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -530,6 +532,120 @@ def emulator() -> Drawing:
     return d
 
 
+# --- Measurements -----------------------------------------------------------------------------------------------------
+
+
+def results(name: str) -> dict[str, Any]:
+    """One of the committed results of the benchmark."""
+    document: dict[str, Any] = json.loads((ROOT / "bench" / "results" / name).read_text(encoding="utf-8"))
+    return document
+
+
+def measured_on(document: dict[str, Any]) -> str:
+    m = document["machine"]
+    return f"{m['cpu']}, {m['isa']}, {m['threads']} threads, torch {m['versions']['torch']}, {m['date'][:10]}"
+
+
+class Axes:
+    """Both axes logarithmic: a frame, its grid, and places in it."""
+
+    def __init__(
+        self, d: Drawing, box: tuple[float, float, float, float], x: tuple[float, float], y: tuple[float, float]
+    ) -> None:
+        self.d, self.box, self.x, self.y = d, box, x, y
+        left, top, width, height = box
+        d.rect(left, top, width, height, PAPER, FAINT)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        left, top, width, height = self.box
+        (x0, x1), (y0, y1) = self.x, self.y
+        across = math.log(x / x0) / math.log(x1 / x0)
+        up = math.log(y / y0) / math.log(y1 / y0)
+        return round(left + across * width, 1), round(top + (1 - up) * height, 1)
+
+    def ticks_x(self, values: Sequence[float], unit: str = "") -> None:
+        _, top, _, height = self.box
+        for value in values:
+            x, _ = self.at(value, self.y[0])
+            self.d.line([(x, top), (x, top + height)], FAINT, 0.6)
+            self.d.text(x, top + height + 15, f"{value:g}{unit}", size=10.5, color=MUTED, anchor="middle")
+
+    def ticks_y(self, values: Sequence[float], unit: str = "") -> None:
+        left, _, width, _ = self.box
+        for value in values:
+            _, y = self.at(self.x[0], value)
+            self.d.line([(left, y), (left + width, y)], FAINT, 0.6)
+            self.d.text(left - 6, y + 4, f"{value:g}{unit}", size=10.5, color=MUTED, anchor="end")
+
+    def dot(self, x: float, y: float, color: str, radius: float = 3.5, *, hollow: bool = False) -> None:
+        cx, cy = self.at(x, y)
+        fill = PAPER if hollow else color
+        self.d.shapes.append(f'<circle cx="{cx:g}" cy="{cy:g}" r="{radius:g}" fill="{fill}" stroke="{color}"/>')
+
+
+def growth() -> Drawing:
+    """Time and memory by length, for what plain code computes with a matrix of scores or worse."""
+    document = results("cpu-zen4-textbook.json")
+    points = document["growth"]
+    d = Drawing(980, 560)
+    d.text(24, 28, "Growth with the length: fastattn and eager PyTorch", bold=True, size=15)
+    d.text(24, 47, f"float32. {measured_on(document)}", size=11.5, color=MUTED)
+    colors = {"fastattn": ORANGE, "eager": BLUE}
+    families = list(dict.fromkeys(point["family"] for point in points))
+    lengths = sorted({point["length"] for point in points})
+    for column, family in enumerate(families):
+        left = 86 + 308 * column
+        d.text(left, 80, family, bold=True, size=13)
+        for row, (quantity, limits, ticks) in enumerate(
+            (("ms", (1, 10000), (1, 10, 100, 1000, 10000)), ("MiB", (0.1, 10000), (0.1, 1, 10, 100, 1000, 10000)))
+        ):
+            axes = Axes(d, (left, 92 + 222 * row, 240, 180), (lengths[0] / 1.2, lengths[-1] * 1.2), limits)
+            axes.ticks_x(lengths)
+            axes.ticks_y(ticks)
+            if column == 0:
+                words = "ms" if row == 0 else "MiB beyond inputs and results"
+                d.text(26, 92 + 222 * row + 90, words, size=11.5, color=MUTED, anchor="middle", turned=True)
+            for name, color in colors.items():
+                own = [p for p in points if (p["family"], p["name"]) == (family, name) and p["ms"] is not None]
+                values = [p["ms"] if quantity == "ms" else max(p["extra_bytes"] / 2**20, limits[0]) for p in own]
+                places = [(p["length"], value) for p, value in zip(own, values, strict=True)]
+                d.line([axes.at(*place) for place in places], color, 1.8)
+                for place in places:
+                    axes.dot(*place, color)
+    d.line([(86, 542), (110, 542)], ORANGE, 1.8)
+    d.text(118, 546, "fastattn", size=12)
+    d.line([(200, 542), (224, 542)], BLUE, 1.8)
+    d.text(232, 546, "eager PyTorch; where its line ends, it had not the memory", size=12)
+    return d
+
+
+def sweep() -> Drawing:
+    """Every shape of the sweep as a dot."""
+    document = results("cpu-zen4.json")
+    points = [point for point in document["sweep"]["points"] if not point["error"]]
+    d = Drawing(900, 470)
+    d.text(24, 28, f"{len(points)} shapes against PyTorch SDPA, drawn at random", bold=True, size=15)
+    d.text(24, 47, measured_on(document), size=11.5, color=MUTED)
+    times, ratios = [point["sdpa_us"] for point in points], [point["ratio"] for point in points]
+    low, high = 2.0 ** math.floor(math.log2(min(*ratios, 1.0))), 2.0 ** math.ceil(math.log2(max(ratios)))
+    limits = (10.0 ** math.floor(math.log10(min(times))), 10.0 ** math.ceil(math.log10(max(times))))
+    axes = Axes(d, (80, 66, 790, 330), limits, (low, high))
+    axes.ticks_x([10.0**n for n in range(round(math.log10(limits[0])), round(math.log10(limits[1])) + 1)])
+    axes.ticks_y([2.0**n for n in range(round(math.log2(low)), round(math.log2(high)) + 1)], "×")
+    d.line([axes.at(limits[0], 1.0), axes.at(limits[1], 1.0)], INK, 1.2)
+    colors = {"fp32": BLUE, "bf16": ORANGE, "fp16": GREEN}
+    for point in points:
+        dtype, direction = point["id"].split("-")[:2]
+        axes.dot(point["sdpa_us"], point["ratio"], colors[dtype], 4, hollow=direction == "step")
+    d.text(475, 430, "time of PyTorch SDPA, µs", size=12, color=MUTED, anchor="middle")
+    d.text(26, 231, "times as fast", size=12, color=MUTED, anchor="middle", turned=True)
+    for n, (dtype, color) in enumerate(colors.items()):
+        d.rect(80 + 110 * n, 446, 12, 12, color)
+        d.text(98 + 110 * n, 457, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype], size=12)
+    d.text(420, 457, "filled: forward; hollow: forward and backward", size=12)
+    return d
+
+
 FIGURES: dict[str, Callable[[], Drawing]] = {
     "causal-alignment": causal_alignment,
     "windows": windows,
@@ -538,6 +654,8 @@ FIGURES: dict[str, Callable[[], Drawing]] = {
     "cpu-forward": cpu_forward,
     "cuda-forward": cuda_forward,
     "emulator": emulator,
+    "growth": growth,
+    "sweep": sweep,
 }
 
 
