@@ -9,8 +9,8 @@
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-# The lowest that is supported, the one of .venv, the newest.
-WHEEL_TORCH ?= torch==2.10.0 $(TORCH) torch==2.14.1
+# The lowest that is supported, the one of .venv, the newest that is known to do, and what pip finds newest today.
+WHEEL_TORCH ?= torch==2.10.0 $(TORCH) torch==2.14.1 torch
 WHEEL_PYTHON ?=
 WHEEL_GATES_ARGS ?=
 # The oldest C library that wheels load on.
@@ -42,16 +42,18 @@ CORE := build/cmake/.built
 # .venv has transformers 5; the tests run on 4.57 too, which needs others of its packages than 5 does.
 TRANSFORMERS4 := $(VENV)/transformers4/.installed
 RELEASE_TOOLS := $(VENV)/.release-tools
+# The documentation's tools, which nothing else needs; neither do they need torch.
+DOCS_TOOLS := $(VENV)/.docs-installed
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help bench compare test test-level venv nvcc build core lint format typecheck actionlint sanitize cuda-gate \
-	gpu-check sdist wheel wheel-gates test-wheel cibuildwheel check-tag clean distclean
+	gpu-check docs sdist wheel wheel-gates test-wheel cibuildwheel check-tag clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@echo "fastattn: fused attention kernels for PyTorch"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST) | head -n 6
 
@@ -102,6 +104,10 @@ cuda-gate: build  ## hold what ptxas made of the CUDA kernels against docs/cuda-
 # A library that was brought along is taken as it is: there may be neither a compiler nor a network.
 gpu-check: $(if $(wildcard fastattn/_C_cuda.so),,build)  ## check everything that needs an NVIDIA GPU, and time it
 	scripts/gpu_check.sh
+
+docs: $(DOCS_TOOLS)  ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 sdist: $(RELEASE_TOOLS)  ## build the sdist into dist/
 	$(PY) -m build --no-isolation --sdist --outdir dist
@@ -161,6 +167,11 @@ $(RELEASE_TOOLS): $(INSTALLED)
 $(TRANSFORMERS4): tests/transformers4.txt $(INSTALLED)
 	rm -rf $(@D)
 	$(PY) -m pip install --progress-bar off --no-compile --no-deps --target $(@D) -r $<
+	touch $@
+
+$(DOCS_TOOLS): pyproject.toml scripts/requirements.py | $(PY)
+	$(PY) scripts/requirements.py docs > $(VENV)/requirements-docs.txt
+	$(PY) -m pip install --progress-bar off -r $(VENV)/requirements-docs.txt
 	touch $@
 
 $(EXTENSION): setup.py scripts/cuda_build.py $(NATIVE_SOURCES) $(INSTALLED)

@@ -90,11 +90,11 @@ NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
-def test_every_example_is_tested_and_in_the_readme() -> None:
+def test_every_example_is_tested_and_documented() -> None:
     assert {*NUMBERS, "train_vit_digits"} == set(EXAMPLES)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     for name in EXAMPLES:
-        assert f"`examples/{name}.py`" in readme or f"(examples/{name}.py)" in readme, name
+        assert f"| `examples/{name}.py` |" in page, name
 
 
 @pytest.mark.slow

@@ -96,7 +96,8 @@ def test_the_wheel_is_tried_under_the_lowest_and_the_newest_torch() -> None:
     tried = [entry["torch"] for entry in workflow(PATHS[1])["jobs"]["try"]["strategy"]["matrix"]["include"]]
     found = re.search(r"^WHEEL_TORCH \?= (.*)$", MAKEFILE, re.MULTILINE)
     assert found is not None
-    lowest, *_, newest = found[1].split()
+    lowest, *_, newest, unpinned = found[1].split()
+    assert unpinned == "torch"
     assert lowest == f"torch=={wheel_gates.OLDEST_TORCH}.0"
     assert {lowest, f"{lowest}+cpu", newest, f"{newest}+cpu"} <= set(tried)
 
