@@ -244,7 +244,12 @@ def test_the_reference_of_the_api_is_complete():
 
 
 def test_environment_variables_are_those_of_the_source():
-    python = [ROOT / "setup.py", ROOT / "scripts" / "cuda_build.py", *(ROOT / "fastattn").glob("*.py")]
+    python = [
+        ROOT / "setup.py",
+        ROOT / "scripts" / "cuda_build.py",
+        ROOT / "scripts" / "glibc_stubs.py",
+        *(ROOT / "fastattn").glob("*.py"),
+    ]
     native = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")]
     python, native = ("".join(path.read_text(encoding="utf-8") for path in paths) for paths in (python, native))
     macros = set(re.findall(r"(?<![\w\"])FASTATTN_[A-Z_]+\b", native))  # setup.py defines some of them, by name
