@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CLANG ?= clang++
 
 # A compiler on these sources needs up to 2 GB: as many as there are cores and memory for.
 MAX_JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
@@ -33,7 +34,7 @@ CORE := build/cmake/.built
 TRANSFORMERS4 := $(VENV)/transformers4/.installed
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench test venv build core lint format typecheck sanitize cuda-gate gpu-check wheel clean distclean
+.PHONY: help bench test venv build core lint format typecheck sanitize cross clang cuda-gate gpu-check wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -69,6 +70,16 @@ typecheck: venv  ## check types alone
 
 sanitize: venv  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/sanitize.sh
+
+cross: venv  ## build the C++ tests for 64-bit ARM and run them under qemu
+	scripts/cross.sh
+
+clang: venv  ## build the C++ tests with Clang (CLANG=clang++) and run them
+	@command -v $(CLANG) >/dev/null || \
+	  { echo "fastattn: no $(CLANG); on Debian and Ubuntu: apt install clang, or name one: make clang CLANG=..." >&2; exit 1; }
+	cmake -S . -B build/clang -G Ninja -DCMAKE_CXX_COMPILER=$(CLANG) -DFASTATTN_PYTHON_MODULE=OFF
+	cmake --build build/clang --parallel $(MAX_JOBS)
+	ctest --test-dir build/clang --output-on-failure --no-tests=error --parallel $(MAX_JOBS)
 
 cuda-gate: build  ## hold what ptxas made of the CUDA kernels against docs/cuda-resources.md (needs nvcc, no GPU)
 	$(PY) scripts/cuda_gate.py
