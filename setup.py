@@ -38,7 +38,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the l
 JOB_MEMORY_BYTES = 2 << 30
 
 DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
-# No -march: code beyond baseline x86-64 lives in csrc/cpu/isa_*.cpp, inside target regions of its own.
+# No -march: code beyond the processor's baseline lives in csrc/cpu/isa_*.cpp, inside target regions of its own.
 OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
 FLAGS = [
     "-std=c++20",
@@ -140,6 +140,14 @@ class Build(BuildExtension):
         )
 
 
+def link_flags() -> list[str]:
+    """Links libtorch's C functions and nothing else, and leaves out the names of what is internal."""
+    if sys.platform == "darwin":
+        return ["-Wl,-dead_strip_dylibs", *([] if DEBUG else ["-Wl,-x"])]
+    # --no-undefined: notice what is missing.
+    return [*OLD_GLIBC, "-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", *STRIP]
+
+
 CUDA_LIBRARY = "fastattn._C_cuda"
 DEFINE_TARGET = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
 STRIP = [] if DEBUG else ["-s"]
@@ -161,8 +169,7 @@ setup(
             include_dirs=[str(ROOT / "csrc")],
             define_macros=[("FASTATTN_BUILD_FLAGS", f'"{" ".join(FLAGS)}"')],
             extra_compile_args=[*FLAGS, *WARNINGS, DEFINE_TARGET, *SYSTEM_INCLUDES],
-            # --as-needed and --no-undefined: link libtorch's C functions and nothing else, and notice what is missing.
-            extra_link_args=[*OLD_GLIBC, "-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", *STRIP],
+            extra_link_args=link_flags(),
             py_limited_api=True,
         ),
         # Its sources are listed for the sake of sdist; Build reads them anew.

@@ -12,7 +12,7 @@ import torch
 import fastattn  # noqa: F401  (loads the operators)
 from bench.timing import Clock, Runner, WallClock
 
-PAIRED_BF16_LEVELS = ("avx512_bf16",)  # levels with a bfloat16 dot product, twice the float32 rate
+PAIRED_BF16_LEVELS = ("avx512_bf16", "neon_bf16")  # levels with a bfloat16 dot product, twice the float32 rate
 
 
 def active_isa() -> str:

@@ -14,8 +14,6 @@ from fastattn import _cuda, _ops, _provider, _sdpa
 
 __all__ = ["Info", "info"]
 
-_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
-
 
 @dataclass(frozen=True)
 class Info:
@@ -26,7 +24,8 @@ class Info:
     python_version: str
     processor: str
     isa: str  # the level in use
-    isas: tuple[str, ...]  # the levels that the processor and the build support, lowest first; the last is the default
+    isa_levels: tuple[str, ...]  # all levels of the architecture, lowest first
+    isas: tuple[str, ...]  # those that the processor and the build support; the last is the default
     isa_forced_by: str | None  # the setting of the environment variable, where there is one
     threads: int  # torch.get_num_threads(), which every call reads anew
     cuda: str  # what CUDA tensors are served on, or all that is missing
@@ -36,7 +35,7 @@ class Info:
     sdpa_replaced: bool  # replace_sdpa() or a `with replaced_sdpa()` block is in force
 
     def __str__(self) -> str:
-        levels = [level if level in self.isas else f"{level} (not here)" for level in _LEVELS]
+        levels = [level if level in self.isas else f"{level} (not here)" for level in self.isa_levels]
         forced = f", forced by {self.isa_forced_by}" if self.isa_forced_by else ""
         rows = {
             "fastattn": self.version,
@@ -76,6 +75,7 @@ def info() -> Info:
         python_version=platform.python_version(),
         processor=_processor(),
         isa=ops._isa(),
+        isa_levels=tuple(ops._all_isas().split(",")),
         isas=tuple(ops._supported_isas().split(",")),
         isa_forced_by=f"{_ops.CAPABILITY_VARIABLE}={capability}" if capability else None,
         threads=torch.get_num_threads(),

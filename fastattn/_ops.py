@@ -19,7 +19,7 @@ from fastattn._autograd import Tensors
 
 _LIBRARY = Path(__file__).with_name("_C_cpu.so")
 
-# A level forced on the CPU kernels: baseline, avx2, avx512 or avx512_bf16.
+# A level forced on the CPU kernels: baseline, avx2, avx512 or avx512_bf16; on 64-bit ARM baseline, neon or neon_bf16.
 CAPABILITY_VARIABLE = "FASTATTN_CPU_CAPABILITY"
 
 

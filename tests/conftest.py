@@ -21,7 +21,7 @@ from fastattn import _cuda
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(min(torch.get_num_threads(), max(2, torch.get_num_threads() // workers)))
 
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISAS = tuple(torch.ops.fastattn._all_isas().split(","))  # of this architecture
 
 
 def supported_isas() -> list[str]:
@@ -32,7 +32,7 @@ def level_of(isa: str, dtype: torch.dtype) -> str:
     """The first level whose code a level runs for a type."""
     if dtype == torch.float64:
         return ISAS[0]
-    return "avx512" if isa == "avx512_bf16" and dtype != torch.bfloat16 else isa
+    return isa if dtype == torch.bfloat16 else isa.removesuffix("_bf16")
 
 
 def levels_of(dtype: torch.dtype) -> list[str]:

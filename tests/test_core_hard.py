@@ -14,11 +14,11 @@ import pytest
 from .core_module import load_core
 
 Array = np.ndarray[Any, Any]
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 B, HQ, HKV, LQ, LK, D, DV = 2, 4, 2, 37, 71, 12, 7
 SEED, OFFSET = 0x123456789ABCDEF0, 5
 
 core = load_core()
+ISAS = tuple(core.all_isas())  # of this architecture
 
 
 @pytest.fixture(params=ISAS)

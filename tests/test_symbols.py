@@ -1,4 +1,4 @@
-"""What the compiled files contain: one wheel has to run on every x86-64 processor, every Python and every torch.
+"""What the compiled files contain: one wheel has to run on every processor of its architecture, every Python and torch.
 
 The linker keeps one copy of a function that several files define weakly. Were it the copy of an AVX-512 file, the
 program would end with an illegal instruction on a lesser machine, so the files of the instruction sets must define
@@ -29,13 +29,23 @@ from library_gates import dynamic_symbols, needed_libraries  # noqa: E402
 
 LIBRARIES = ("_C_cpu.so", "_C_cuda.so")
 LEVELS = ("avx2", "avx512", "avx512_bf16")
+ARM_LEVELS = ("neon", "neon_bf16")
+HERE = platform.machine()
+ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+pytestmark = pytest.mark.skipif(HERE not in ELF_MACHINES, reason="object files of Linux on x86-64 or 64-bit ARM")
+on_x86 = pytest.mark.skipif(HERE != "x86_64", reason="instruction sets of x86-64")
 
 
-def tool(*command: str | Path) -> str:
-    name = str(command[0])
+def machine_of(level: str) -> str:
+    return "x86_64" if level in LEVELS else "aarch64" if level in ARM_LEVELS else HERE
+
+
+def tool(*command: str | Path, machine: str = HERE) -> str:
+    """A tool of binutils, the cross compiler's for object files of another machine."""
+    name = str(command[0]) if machine == HERE else f"{machine}-linux-gnu-{command[0]}"
+    command = (name, *command[1:])
     if shutil.which(name) is None:
         pytest.skip(f"{name} (binutils) is not installed")
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
@@ -50,7 +60,7 @@ def isa_source(level: str) -> str:
     return f"cpu/isa_{level}.cpp"
 
 
-BASELINE_CPU_SOURCES = [path for path in sources("cpu") if path not in map(isa_source, LEVELS)]
+BASELINE_CPU_SOURCES = [path for path in sources("cpu") if path not in map(isa_source, (*LEVELS, *ARM_LEVELS))]
 
 
 def dependencies(source: str) -> set[Path]:
@@ -66,8 +76,13 @@ def dependencies(source: str) -> set[Path]:
     return found
 
 
-def built_objects(source: str) -> list[Path]:
-    """The object files that setup.py and CMake made of a source, where they are up to date."""
+def is_for(path: Path, machine: str) -> bool:
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(20)[18:], "little") == ELF_MACHINES[machine]
+
+
+def built_objects(source: str, machine: str = HERE) -> list[Path]:
+    """The object files that setup.py and CMake made of a source for a machine, where they are up to date."""
     stem = source.removesuffix(".cpp")
     changed = max(path.stat().st_mtime for path in dependencies(source))
     return [
@@ -75,7 +90,7 @@ def built_objects(source: str) -> list[Path]:
         for pattern in (f"build/**/{stem}.o", f"build/**/{source}.o")
         for path in ROOT.glob(pattern)
         # Instrumented code has symbols of its own.
-        if "sanitize" not in path.relative_to(ROOT).parts and path.stat().st_mtime >= changed
+        if "sanitize" not in path.relative_to(ROOT).parts and path.stat().st_mtime >= changed and is_for(path, machine)
     ]
 
 
@@ -89,15 +104,22 @@ def compile_object(source: str) -> Path:
     return target
 
 
-def objects(source: str) -> list[Path]:
-    return built_objects(source) or [compile_object(source)]
+def objects(source: str, machine: str = HERE) -> list[Path]:
+    built = built_objects(source, machine)
+    if not built and machine != HERE:
+        pytest.skip(f"{source} has no object file for {machine} that is up to date; `make cross` makes those of ARM")
+    return built or [compile_object(source)]
+
+
+def objects_of(level: str) -> list[Path]:
+    return objects(isa_source(level), machine_of(level))
 
 
 @functools.cache
-def instructions(path: Path) -> list[tuple[str, str, str]]:
+def instructions(path: Path, machine: str = HERE) -> list[tuple[str, str, str]]:
     """(function, mnemonic, operands) of every instruction in an object file."""
     function, found = "", []
-    for line in tool("objdump", "-d", "--no-show-raw-insn", "-w", path).splitlines():
+    for line in tool("objdump", "-d", "--no-show-raw-insn", "-w", path, machine=machine).splitlines():
         if line.endswith(">:"):
             function = line.split("<", 1)[1][:-2]
         elif match := re.match(r"\s+[0-9a-f]+:\t(?:(?:rep[a-z]*|lock|bnd|notrack|data16|cs) )*(\S+)\s*(.*)", line):
@@ -120,34 +142,36 @@ def is_vector_extension(mnemonic: str) -> bool:
     return mnemonic.startswith("v") and mnemonic not in ("verr", "verw")
 
 
-@pytest.mark.parametrize("level", ["baseline", *LEVELS])
+@pytest.mark.parametrize("level", ["baseline", *LEVELS, *ARM_LEVELS])
 def test_a_level_defines_its_table_and_nothing_weak(level: str) -> None:
-    for path in objects(isa_source(level)):
-        defined = [line.split() for line in tool("nm", "--defined-only", path).splitlines()]
+    for path in objects_of(level):
+        defined = [line.split() for line in tool("nm", "--defined-only", path, machine=machine_of(level)).splitlines()]
         weak = [name for _, kind, name in defined if kind in "WwVvu"]
         assert not weak, f"{path} defines weak symbols: {weak}"
-        visible = [name for _, kind, name in defined if kind.isupper()]
+        visible = [name for _, kind, name in defined if kind.isupper() and not name.startswith("$")]
         assert visible == [f"_ZN8fastattn3cpu{len(level)}{level}7kernelsE"], path
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [*LEVELS, *ARM_LEVELS])
 def test_a_level_needs_only_plain_c_functions(level: str) -> None:
     """Anything of the C++ library would bring inline functions along; memcpy and the like choose for themselves.
 
     What a level adds nothing to, it may leave to another one's table.
     """
     allowed = {"memcpy", "memset", "memmove", "expf", "logf", "exp", "log", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
-    for path in objects(isa_source(level)):
-        needed = {line.split()[-1] for line in tool("nm", "--undefined-only", path).splitlines()}
-        tables = {f"_ZN8fastattn3cpu{len(other)}{other}7kernelsE" for other in LEVELS if other != level}
+    for path in objects_of(level):
+        needed = {
+            line.split()[-1] for line in tool("nm", "--undefined-only", path, machine=machine_of(level)).splitlines()
+        }
+        tables = {f"_ZN8fastattn3cpu{len(other)}{other}7kernelsE" for other in (*LEVELS, *ARM_LEVELS) if other != level}
         assert needed - tables <= allowed, path
         assert len(needed & tables) <= 1, path
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [*LEVELS, *ARM_LEVELS])
 def test_a_level_runs_nothing_when_the_library_is_loaded(level: str) -> None:
-    for path in objects(isa_source(level)):
-        sections = tool("readelf", "--wide", "--sections", path)
+    for path in objects_of(level):
+        sections = tool("readelf", "--wide", "--sections", path, machine=machine_of(level))
         assert ".text" in sections, path
         assert not re.search(r"\.(init_array|ctors|init)\b", sections), path
 
@@ -158,12 +182,22 @@ def assert_baseline(path: Path) -> None:
         assert not is_beyond, f"{path}: {function} has {mnemonic} {operands}"
 
 
+@pytest.mark.parametrize("level", [*LEVELS, *ARM_LEVELS])
+def test_a_level_of_another_architecture_is_empty(level: str) -> None:
+    for machine in ELF_MACHINES:
+        if machine != machine_of(level):
+            for path in built_objects(isa_source(level), machine):
+                assert not tool("nm", "--defined-only", path, machine=machine).strip(), path
+
+
+@on_x86
 @pytest.mark.parametrize("source", BASELINE_CPU_SOURCES)
 def test_other_files_stay_within_the_baseline(source: str) -> None:
     for path in objects(source):
         assert_baseline(path)
 
 
+@on_x86
 @pytest.mark.parametrize("source", sources("torch", "cpu_torch", "cuda_torch"))
 def test_the_binding_stays_within_the_baseline(source: str) -> None:
     built = built_objects(source)
@@ -173,6 +207,13 @@ def test_the_binding_stays_within_the_baseline(source: str) -> None:
         assert_baseline(path)
 
 
+# Dot products, SVE's registers, float16 arithmetic and the atomics of ARMv8.1: what 64-bit ARM did not have at first.
+BEYOND_NEON = (
+    r"([us]|us|su)dot |(s|u|us)mmla |\w+ .*\bz\d+\.|f(add|mul|mla) v\d+\.[48]h|(cas|swp|ld(add|clr|set|eor))\w* "
+)
+BEYOND_NEON_WITHOUT_BF16 = BEYOND_NEON + r"|bf(dot|mmla|mlal\w?|cvt\w*) "
+
+
 @pytest.mark.parametrize(
     ("level", "uses", "beyond"),
     [
@@ -180,12 +221,14 @@ def test_the_binding_stays_within_the_baseline(source: str) -> None:
         ("avx2", r"vfmadd\w+ .*%ymm|vcvtph2ps .*%ymm", r".*(%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01]))"),
         ("avx512", r"vfmadd\w+ .*%zmm", r"(vdpbf16ps|vcvtne\w*bf16|vp2intersect|vpdp\w+|vpopcnt|vpcompressw|\w+ph) "),
         ("avx512_bf16", r"(vdpbf16ps|vpdp\w+) .*%zmm", r"(vp2intersect|vpopcnt|vpcompressw|\w+ph) "),
+        ("neon", r"fmla\s+v\d+\.4s", BEYOND_NEON_WITHOUT_BF16),
+        ("neon_bf16", r"bfdot ", BEYOND_NEON),
     ],
-    ids=LEVELS,
+    ids=[*LEVELS, *ARM_LEVELS],
 )
 def test_a_level_stays_within_itself(level: str, uses: str, beyond: str) -> None:
-    for path in objects(isa_source(level)):
-        lines = [f"{mnemonic} {operands}" for _, mnemonic, operands in instructions(path)]
+    for path in objects_of(level):
+        lines = [f"{mnemonic} {operands}" for _, mnemonic, operands in instructions(path, machine_of(level))]
         assert any(re.match(uses, line) for line in lines), f"{path} does not use what it is for"
         excess = [line for line in lines if re.match(beyond, line) and not line.startswith("vcvtps2ph")]
         assert not excess, f"{path}: {excess[:5]}"

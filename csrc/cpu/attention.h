@@ -3,15 +3,18 @@
 
 #include "core/cache.h"
 #include "core/params.h"
+#include "cpu/levels.h"
 #include "cpu/parallel.h"
 
 namespace fastattn::cpu {
 
-// Levels in priority order; a level includes those before it.
-enum class Isa : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-constexpr int kIsaCount = 4;
+// The levels of this architecture, from 0, in priority order; a level includes those before it.
+#define FASTATTN_ENUMERATOR(enumerator, name) enumerator,
+enum class Isa : int32_t { FASTATTN_LEVELS(FASTATTN_ENUMERATOR) kEnd };
+#undef FASTATTN_ENUMERATOR
+constexpr int kIsaCount = static_cast<int>(Isa::kEnd);
 
-const char* isa_name(Isa isa);                   // "baseline", "avx2", "avx512", "avx512_bf16"
+const char* isa_name(Isa isa);                   // as in cpu/levels.h
 bool isa_from_name(const char* name, Isa* isa);  // false: no such level
 bool isa_supported(Isa isa);                     // by this build, this processor and this operating system
 Isa best_isa();                                  // the highest supported level

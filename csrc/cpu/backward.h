@@ -41,9 +41,7 @@ struct TileUnits {
         kOverRows ? visible_rows(*self.g, t, first, count) : visible_keys(*self.g, t, first, count, 0);
     return {Operands::kPairs ? span.begin / 2 : span.begin, Operands::units(span.end)};
   }
-  inline __attribute__((always_inline)) UnitSpan operator()(int64_t first, int64_t count) const {
-    return of(*this, first, count);
-  }
+  FASTATTN_INLINE UnitSpan operator()(int64_t first, int64_t count) const { return of(*this, first, count); }
 };
 
 // dV += P^T dO or dK += dS^T Q: lanes = head dims, A row-major, contraction over the tile's rows.

@@ -88,7 +88,7 @@ inline float quantise_row(int8_t* to, float* row, int64_t columns) {
   const bool is_finite = vreduce_add(not_finite) == 0.0f;
   const float scale = vreduce_max(largest) / 127.0f;
   if (!is_finite || scale == 0.0f) {
-    memset(to, 0, static_cast<size_t>(columns));
+    for (int64_t c = 0; c < columns; ++c) to[c] = 0;
     return is_finite ? 0.0f : __builtin_nanf("");
   }
   // 1.5 * 2^23: the sum's last bits are the nearest whole number, in two's complement. A scale that was rounded itself,

@@ -153,7 +153,7 @@ inline void pack_queries(const AttentionParams& p, const DecodeItem& item, int64
         vstore(to + d, d < p.D ? vmul(scale, Element::load_first(q + d, p.D - d)) : vzero());
       }
     }
-#if FASTATTN_BF16_DOT
+#if FASTATTN_I16_DOT
     if constexpr (Keys::kQuantises) {
       scratch.q_quantum[r] = static_cast<float>(p.scale) * quantise(to, width, Keys::quanta(p.D));
     }
@@ -331,7 +331,7 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
         vstore(s + c, Keys::kScaled ? vmul(w, vload(block.v_scale + c)) : w);
       }
     }
-#if FASTATTN_BF16_DOT
+#if FASTATTN_I16_DOT
     else if constexpr (Keys::kQuantises) {
       const Vf quanta = vset(scratch.w_quanta[r]), log2e = vset(kLog2e);
       for (int64_t c = 0; c < block.nk; c += kLanes) {
@@ -339,7 +339,10 @@ inline void weigh_block(const AttentionParams& p, const MaskGeometry& g, const D
         sum = vadd(sum, w);
         vistore_shorts(s + c / 2, vround(vmul(w, vmul(quanta, vload(block.v_scale + c)))));
       }
-    } else {
+    }
+#endif
+#if FASTATTN_BF16_DOT
+    else {
       // Large and equal scores (a finite mask) must be subtracted first; plain products are of ordinary size.
       const Vf log2e = vset(kLog2e), shift = vmul(base, vset(-kLog2e)), scale_log2e = vset(rest * kLog2e);
       for (int64_t c = 0; c < block.nk; c += 2 * kLanes) {

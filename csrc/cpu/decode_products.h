@@ -74,7 +74,9 @@ struct Bf16Keys {
   FASTATTN_FN Vf add_lanes(const Sum (&sums)[kLanes]) { return vadd_lanes(sums); }
   FASTATTN_FN Vf to_float(Sum sum, float) { return sum; }
 };
+#endif
 
+#if FASTATTN_I16_DOT
 // Pairs of 16-bit integers, of an int8 cache. Queries and weights become such integers for the while, in quanta: of the
 // largest number of a row of q there are some 2^15, and so of the largest weight of a row and block. That is far below
 // what bfloat16 loses of either, but not below float32's rounding, so that this serves bfloat16 queries alone.
@@ -121,13 +123,22 @@ inline float quantise(float* x, int64_t n, float most) {
 }
 #endif
 
+// What reads an int8 cache beside bfloat16 queries, at a level that is for bfloat16.
+#if FASTATTN_BF16_DOT
+#if FASTATTN_I16_DOT
+using Int8CacheKeys = Int8Keys;
+#else
+using Int8CacheKeys = FloatKeys<Int8>;
+#endif
+#endif
+
 // The rows to come, fetched line by line while others are at work: into the second-level cache, for the first would
 // have to give up what it holds. In the order of memory, which leads the processor's own prefetching on.
 class RowFetch {
  public:
-  inline __attribute__((always_inline)) RowFetch(const char* const* rows, int64_t count, int64_t row_bytes)
+  FASTATTN_INLINE RowFetch(const char* const* rows, int64_t count, int64_t row_bytes)
       : row_(rows), end_(rows + count), row_bytes_(row_bytes) {}
-  inline __attribute__((always_inline)) void lines(int64_t count) {
+  FASTATTN_INLINE void lines(int64_t count) {
     for (int64_t n = 0; n < count && row_ != end_; ++n) {
       __builtin_prefetch(*row_ + at_, 0, 2);
       at_ += 64;
@@ -137,7 +148,7 @@ class RowFetch {
       }
     }
   }
-  inline __attribute__((always_inline)) void rest() {
+  FASTATTN_INLINE void rest() {
     while (row_ != end_) lines(1);
   }
 

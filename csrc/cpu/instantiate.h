@@ -58,7 +58,7 @@ size_t decode_scratch_bytes(const AttentionParams& p) {
 void decode_item(const AttentionParams& p, const DecodeItem& item, void* scratch) {
   char* memory = static_cast<char*>(scratch);
 #if FASTATTN_BF16_DOT
-  if (p.k_scale != nullptr) return decode_item_as<Int8Keys>(p, item, memory);
+  if (p.k_scale != nullptr) return decode_item_as<Int8CacheKeys>(p, item, memory);
   decode_item_as<Bf16Keys>(p, item, memory);
 #else
   if (p.k_scale != nullptr) return decode_item_as<FloatKeys<Int8>>(p, item, memory);

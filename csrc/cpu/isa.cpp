@@ -6,12 +6,18 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif FASTATTN_HAS_NEON_BF16 && defined(__linux__)
+#include <sys/auxv.h>
+#elif FASTATTN_HAS_NEON_BF16 && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fastattn::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+#define FASTATTN_NAME(enumerator, name) #name,
+constexpr const char* kNames[kIsaCount] = {FASTATTN_LEVELS(FASTATTN_NAME)};
+#undef FASTATTN_NAME
 
 #if defined(__x86_64__)
 // The register state that the operating system saves: CPUID says what the processor can do, XCR0 what a program may
@@ -40,6 +46,24 @@ Isa detect() {
   }
   return Isa::kAvx512Bf16;
 }
+#elif FASTATTN_HAS_NEON_BF16
+// Every 64-bit ARM processor has NEON. Bfloat16 came with ARMv8.6; the operating system says whether it is there.
+bool has_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kHwcap2Bf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0;
+#elif defined(__APPLE__)
+  int answer = 0;
+  size_t bytes = sizeof answer;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &answer, &bytes, nullptr, 0) == 0 && answer != 0;
+#else
+  return false;
+#endif
+}
+
+Isa detect() { return has_bf16() ? Isa::kNeonBf16 : Isa::kNeon; }
+#elif defined(__aarch64__)
+Isa detect() { return Isa::kNeon; }
 #else
 Isa detect() { return Isa::kBaseline; }
 #endif

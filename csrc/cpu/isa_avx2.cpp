@@ -1,11 +1,12 @@
-// Level "avx2": AVX2, FMA and F16C. The pragma makes this whole file a target region; nothing here may have external
-// linkage but the kernel table, or the linker could hand AVX2 code to a processor without it.
+// Level "avx2": AVX2, FMA and F16C. Nothing here may have external linkage but the kernel table, or the linker could
+// hand AVX2 code to a processor without it.
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c")
 #define FASTATTN_ISA avx2
 #define FASTATTN_BF16_DOT 0
 
 #include "cpu/simd/avx2.h"
 
 #include "cpu/instantiate.h"
+
+FASTATTN_END_TARGET
 #endif

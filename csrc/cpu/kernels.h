@@ -9,6 +9,7 @@
 #include "core/cache.h"
 #include "core/macros.h"
 #include "core/params.h"
+#include "cpu/levels.h"
 
 namespace fastattn::cpu {
 
@@ -105,19 +106,12 @@ struct KernelTable {
   double (*multiply_adds)(DType dtype, int64_t rounds, float* sink);
 };
 
-namespace baseline {
-extern const KernelTable kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const KernelTable kernels;
-}
-namespace avx512 {
-extern const KernelTable kernels;
-}
-namespace avx512_bf16 {
-extern const KernelTable kernels;
-}
-#endif
+// baseline::kernels and so on.
+#define FASTATTN_DECLARE_KERNELS(enumerator, name) \
+  namespace name {                                 \
+  extern const KernelTable kernels;                \
+  }
+FASTATTN_LEVELS(FASTATTN_DECLARE_KERNELS)
+#undef FASTATTN_DECLARE_KERNELS
 
 }  // namespace fastattn::cpu

@@ -237,8 +237,7 @@ struct BackwardPanel {
   }
 
   // One vector of hard attention: scale * dS.
-  inline __attribute__((always_inline)) Vf hard_gradient(int64_t c, int64_t lane, Vf base, Vf inverse_sum, Vf d_score,
-                                                         Vi index) const {
+  FASTATTN_INLINE Vf hard_gradient(int64_t c, int64_t lane, Vf base, Vf inverse_sum, Vf d_score, Vi index) const {
     const Vf x = vmul(vload(scratch.s + c * kBlockRows + lane), vset(modifiers != nullptr ? 1.0f : scale));
     const Vf weight = vmul(vexp(vsub(x, base)), inverse_sum);
     const Vm is_taken = viequal(index, viset(static_cast<uint32_t>(tile_key + c)));
@@ -278,7 +277,7 @@ struct BackwardPanel {
 
 #if FASTATTN_BF16_DOT
   // dS of keys c and c + 1, rounded, in the layouts of both products that follow.
-  inline __attribute__((always_inline)) void store_gradients(int64_t c, int64_t lane, Vf low, Vf high) const {
+  FASTATTN_INLINE void store_gradients(int64_t c, int64_t lane, Vf low, Vf high) const {
     const Vi gradients = vnarrow(low, high);
     vstore_low_half(scratch.ds_half + c * kBlockRows + lane, gradients);
     vstore_high_half(scratch.ds_half + (c + 1) * kBlockRows + lane, gradients);
@@ -287,8 +286,8 @@ struct BackwardPanel {
 #endif
 
   // One vector: the weight that multiplies dO, and scale * dS'.
-  inline __attribute__((always_inline)) void gradient_at(int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta,
-                                                         Vf* weight, Vf* gradient) const {
+  FASTATTN_INLINE void gradient_at(int64_t at, Vf base, Vf shift, Vf inverse_sum, Vf delta, Vf* weight,
+                                   Vf* gradient) const {
     const Vf x = vload(scratch.s + at);
     // Modified scores may be large and equal (a finite mask): subtract first. Plain bfloat16 products may be scaled
     // and shifted in one operation, at an error far below bfloat16's.

@@ -37,7 +37,7 @@ FASTATTN_FN int64_t key_step(const AttentionParams& p, int64_t keys) {
 // where its empty tiles lie, however the range begins.
 class KeyBlocks {
  public:
-  inline __attribute__((always_inline)) KeyBlocks(const AttentionParams& p, const TileRange& range) : at_(range.begin) {
+  FASTATTN_INLINE KeyBlocks(const AttentionParams& p, const TileRange& range) : at_(range.begin) {
     const int64_t full_begin = range.full_begin > range.begin ? round_up(range.full_begin, 2) : range.begin;
     const int64_t full_end = range.full_end < range.end ? range.full_end & ~int64_t{1} : range.end;
     const bool has_full = p.mask == nullptr && full_begin < full_end;
@@ -47,7 +47,7 @@ class KeyBlocks {
     for (int i = 0; i < 3; ++i) step_[i] = key_step(p, ends_[i] - (i == 0 ? at_ : ends_[i - 1]));
     is_aligned_ = p.mask != nullptr;
   }
-  inline __attribute__((always_inline)) bool next(int64_t* begin, int64_t* end) {
+  FASTATTN_INLINE bool next(int64_t* begin, int64_t* end) {
     while (stretch_ < 3 && at_ >= ends_[stretch_]) ++stretch_;
     if (stretch_ == 3) return false;
     *begin = at_;

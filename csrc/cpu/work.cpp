@@ -9,18 +9,10 @@
 namespace fastattn::cpu {
 
 const KernelTable& kernel_table() {
-  switch (active_isa()) {
-#if defined(__x86_64__)
-    case Isa::kAvx512Bf16:
-      return avx512_bf16::kernels;
-    case Isa::kAvx512:
-      return avx512::kernels;
-    case Isa::kAvx2:
-      return avx2::kernels;
-#endif
-    default:
-      return baseline::kernels;
-  }
+#define FASTATTN_TABLE(enumerator, name) &name::kernels,
+  static constexpr const KernelTable* kTables[] = {FASTATTN_LEVELS(FASTATTN_TABLE)};
+#undef FASTATTN_TABLE
+  return *kTables[static_cast<int>(active_isa())];
 }
 
 Workspace::Workspace(size_t bytes) {

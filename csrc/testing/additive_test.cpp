@@ -136,7 +136,7 @@ void check_precision() {
     for (const int64_t rows : kRowCounts) {
       Results<float> got = run_pairs(pairs, rows);
       for (size_t n = 0; n < pairs.size(); ++n) {
-        const auto [q, k] = pairs[n];
+        const double q = pairs[n].q, k = pairs[n].k;
         const int64_t h = static_cast<int64_t>(n);
         const double t = std::tanh(q + k), derivative = 1.0 - t * t;
         const double lse = got.lse.at(0, h, 0, 0), dw = got.dw.at(0, 0, h, 0);
@@ -329,5 +329,9 @@ int main(int argc, char** argv) {
     check_case<BFloat16>(c, seed);
     check_case<Float16>(c, seed);
   }
+  const Case shared{.Lq = 70, .Lk = 130, .D = 20, .d_lse = true, .w = kFullH};
+  check_shared_levels<float>(shared, ++seed);
+  check_shared_levels<BFloat16>(shared, seed);
+  check_shared_levels<Float16>(shared, seed);
   return report("additive_test");
 }

@@ -142,5 +142,9 @@ int main(int argc, char** argv) {
     check_case<BFloat16>(c, seed);
     check_case<Float16>(c, seed);
   }
+  for (const Case& c : {Case{}, Case{.Hq = 8, .Lq = 1, .Lk = 1030, .D = 40}, kEverything}) {
+    check_shared_levels<float>(c, ++seed);
+    check_shared_levels<Float16>(c, seed);
+  }
   return report("attention_test");
 }

@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/macros.h"
+
 namespace fastattn::testing {
 
 struct BFloat16 {
@@ -13,11 +15,11 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float to_float(float x) { return x; }
+FASTATTN_FN float to_float(float x) { return x; }
 
-inline float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+FASTATTN_FN float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-inline float to_float(Float16 x) {
+FASTATTN_FN float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t exponent = (x.bits >> 10) & 0x1fu, fraction = x.bits & 0x3ffu;
   if (exponent == 0) {  // zero or subnormal: fraction units of 2^-24
@@ -28,9 +30,9 @@ inline float to_float(Float16 x) {
   return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
 }
 
-inline void from_float(float x, float* out) { *out = x; }
+FASTATTN_FN void from_float(float x, float* out) { *out = x; }
 
-inline void from_float(float x, BFloat16* out) {
+FASTATTN_FN void from_float(float x, BFloat16* out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (x != x) {
     out->bits = static_cast<uint16_t>(bits >> 16 | 0x40u);  // stays a NaN when the low bits go
@@ -39,7 +41,7 @@ inline void from_float(float x, BFloat16* out) {
   }
 }
 
-inline void from_float(float x, Float16* out) {
+FASTATTN_FN void from_float(float x, Float16* out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   uint32_t half;

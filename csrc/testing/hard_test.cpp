@@ -176,7 +176,7 @@ void check_draws_of(const Case& c, unsigned seed) {
     Gradients<double> expected_gradients = backward(c, wide, expected, expected.index, true, true, serial());
     CHECK(same_bits(expected_gradients, backward(c, wide, expected, expected.index, true, true, threads(3))),
           "float64 %s: gradients depend on the threads", what.c_str());
-    on_every_isa([&](const char* isa) {
+    on_every_own_isa<T>(c, [&](const char* isa) {
       const std::string label = std::string(Traits<T>::name) + " " + isa + " " + what;
       Draws<T> got = draw(c, in, is_sampled, threads(2));
       check_draws(c, in, wide, got, expected, is_sampled, label, &near_ties);

@@ -199,7 +199,7 @@ void check_summary_of(const Case& c, const Wanted& wanted, unsigned seed) {
   CHECK(same_bits(expected, summarise(c, wide, wanted, row_mask, threads(3))), "float64 %s: depends on the threads",
         what.c_str());
   if (std::is_same_v<T, float>) check_against_weights(c, wide, expected, wanted, row_mask, "float64 " + what);
-  on_every_isa([&](const char* isa) {
+  on_every_own_isa<T>(c, [&](const char* isa) {
     const std::string label = std::string(Traits<T>::name) + " " + isa + " " + what;
     Summary<T> got = summarise(c, in, wanted, row_mask, threads(2));
     const double tolerance = kTolerance<T>;

@@ -93,6 +93,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def("dropout_mask(Tensor rng_state, int B, int H, int Lq, int Lk, float p) -> Tensor");
   m.def("_set_isa(str name) -> ()");
   m.def("_isa() -> str");
+  m.def("_all_isas() -> str");
   m.def("_supported_isas() -> str");
   m.def("_measure_peak(str dtype, int threads) -> float");
   m.def("_sum_words(Tensor x, Tensor y) -> int");
@@ -109,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
   m.impl("_set_isa", TORCH_BOX(&fastattn::set_isa));
   m.impl("_isa", TORCH_BOX(&fastattn::isa));
+  m.impl("_all_isas", TORCH_BOX(&fastattn::all_isas));
   m.impl("_supported_isas", TORCH_BOX(&fastattn::supported_isas));
   m.impl("_measure_peak", TORCH_BOX(&fastattn::measure_peak));
   m.impl("_build_info", TORCH_BOX(&fastattn::build_info));

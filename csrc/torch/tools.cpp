@@ -19,7 +19,7 @@ namespace fastattn {
 void set_isa(std::string name) {
   cpu::Isa level;
   if (!cpu::isa_from_name(name.c_str(), &level)) {
-    value_error("CPU capability \"", name, "\" is unknown; it must be one of baseline, avx2, avx512, avx512_bf16.");
+    value_error("CPU capability \"", name, "\" is unknown; it must be one of ", all_isas(), ".");
   }
   if (!cpu::isa_supported(level)) {
     value_error("CPU capability \"", name, "\" is not supported by this processor or build; choose one of ",
@@ -30,16 +30,24 @@ void set_isa(std::string name) {
 
 std::string isa() { return cpu::isa_name(cpu::active_isa()); }
 
-std::string supported_isas() {
+namespace {
+
+std::string isa_names(bool only_supported) {
   std::string names;
   for (int i = 0; i < cpu::kIsaCount; ++i) {
     const auto level = static_cast<cpu::Isa>(i);
-    if (!cpu::isa_supported(level)) continue;
+    if (only_supported && !cpu::isa_supported(level)) continue;
     if (!names.empty()) names += ",";
     names += cpu::isa_name(level);
   }
   return names;
 }
+
+}  // namespace
+
+std::string all_isas() { return isa_names(false); }
+
+std::string supported_isas() { return isa_names(true); }
 
 namespace {
 

@@ -11,7 +11,8 @@ using torch::stable::Tensor;
 
 void set_isa(std::string name);
 std::string isa();
-std::string supported_isas();  // comma separated, lowest first
+std::string all_isas();        // of this architecture, comma separated, lowest first
+std::string supported_isas();  // those that this processor has
 
 // Multiply-add peak at the active level in flop per second, for dtype "float32" or "bfloat16".
 double measure_peak(std::string dtype, int64_t threads);

@@ -1,12 +1,19 @@
 // The vector vocabulary on AVX2 with FMA and F16C.
 //
-// Included only by csrc/cpu/isa_avx2.cpp, inside its target region and namespace. simd/baseline.h documents what each
-// operation means.
+// Included only by csrc/cpu/isa_avx2.cpp and the tests of the vocabulary, whose target region begins here.
+// simd/baseline.h documents what each operation means.
 #pragma once
 
 #include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
 
 #include "core/macros.h"
+
+#define FASTATTN_I16_DOT 0
+
+FASTATTN_BEGIN_TARGET("avx2,fma,f16c")
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {

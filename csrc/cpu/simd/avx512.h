@@ -1,17 +1,27 @@
-// The vector vocabulary on AVX-512 (F, BW, DQ, VL), and the bfloat16 dot product where FASTATTN_BF16_DOT says so.
+// The vector vocabulary on AVX-512 (F, BW, DQ, VL), and where FASTATTN_BF16_DOT says so the dot products of bfloat16
+// numbers and of 16-bit integers (BF16, VNNI).
 //
-// Included only by csrc/cpu/isa_*.cpp, inside that file's target region and namespace. simd/baseline.h documents what
-// each operation means.
+// Included only by csrc/cpu/isa_avx512*.cpp and the tests of the vocabulary, whose target region begins here.
+// simd/baseline.h documents what each operation means.
 #pragma once
 
-// GCC 12 takes the deliberately undefined registers of its own intrinsics for mistakes.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
 
 #include "core/macros.h"
+
+FASTATTN_BEGIN_INTRINSICS
+#include <immintrin.h>
+FASTATTN_END_INTRINSICS
+
+#if FASTATTN_BF16_DOT
+#define FASTATTN_I16_DOT 1
+FASTATTN_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")
+#else
+#define FASTATTN_I16_DOT 0
+FASTATTN_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {

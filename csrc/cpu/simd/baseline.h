@@ -9,6 +9,9 @@
 
 #include "core/macros.h"
 
+// Whether there are dot products of 16-bit integers beside those of bfloat16 numbers (FASTATTN_BF16_DOT).
+#define FASTATTN_I16_DOT 0
+
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 

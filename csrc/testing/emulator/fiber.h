@@ -8,15 +8,17 @@
 #include <ucontext.h>
 #endif
 
-#if defined(__SANITIZE_ADDRESS__)
-#define FASTATTN_FIBER_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define FASTATTN_FIBER_ASAN 1
-#endif
-#endif
-#if defined(FASTATTN_FIBER_ASAN)
+#include "core/macros.h"
+
+#if FASTATTN_ADDRESS_SANITIZER
 #include <sanitizer/common_interface_defs.h>
+#endif
+
+// x18, which compilers use as any other on Linux, and leave alone where the system has reserved it.
+#if defined(__APPLE__) || defined(_WIN32)
+#define FASTATTN_PLATFORM_REGISTER
+#else
+#define FASTATTN_PLATFORM_REGISTER "x18",
 #endif
 
 namespace fastattn::emulator {
@@ -30,7 +32,7 @@ struct Context {
 #else
   ucontext_t registers;
 #endif
-#if defined(FASTATTN_FIBER_ASAN)
+#if FASTATTN_ADDRESS_SANITIZER
   const void* stack_bottom = nullptr;
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
@@ -38,7 +40,7 @@ struct Context {
 };
 
 // AddressSanitizer keeps the bounds of the current stack, and the frames that it moved off it.
-#if defined(FASTATTN_FIBER_ASAN)
+#if FASTATTN_ADDRESS_SANITIZER
 inline thread_local Context* left_context = nullptr;
 [[gnu::noinline]] inline void announce_switch(Context& from, Context& to) {
   left_context = &from;
@@ -92,7 +94,7 @@ inline void arrive_from_switch(Context&) {}
       : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17", "x19",
         "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "x30", "v0", "v1", "v2", "v3", "v4", "v5", "v6",
         "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22",
-        "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31", "memory", "cc");
+        "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31", FASTATTN_PLATFORM_REGISTER "memory", "cc");
 #else
   swapcontext(&from.registers, &to.registers);
 #endif
@@ -119,7 +121,7 @@ inline void prepare_context(Context& context, unsigned char* stack, size_t stack
   context.registers.uc_link = nullptr;
   makecontext(&context.registers, main, 0);
 #endif
-#if defined(FASTATTN_FIBER_ASAN)
+#if FASTATTN_ADDRESS_SANITIZER
   context.stack_bottom = stack;
   context.stack_bytes = stack_bytes;
 #endif

@@ -3,19 +3,19 @@
 #include <bit>
 #include <cstring>
 
+#include "core/macros.h"
+
 namespace fastattn::emulator {
 namespace {
-
-#define FASTATTN_INLINE static inline __attribute__((always_inline))
 
 // Eight words of an operand, or eight columns of the result: one register or two, as the processor has them. By
 // reference, because the ways to pass them by value differ with the instruction set.
 using Words = uint32_t __attribute__((vector_size(32)));
 using Row = float __attribute__((vector_size(32)));
 
-FASTATTN_INLINE void copy(const void* from, void* to) { std::memcpy(to, from, sizeof(Row)); }
+FASTATTN_FN void copy(const void* from, void* to) { std::memcpy(to, from, sizeof(Row)); }
 
-FASTATTN_INLINE void half_to_float(const Words& bits, Row& x) {
+FASTATTN_FN void half_to_float(const Words& bits, Row& x) {
   const Words magnitude = bits & 0x7fffu, scaled = magnitude << 13;
   // The exponent's bias is still that of a half: exact for subnormal numbers as well. Infinities and NaNs need theirs.
   copy(&scaled, &x);
@@ -29,7 +29,7 @@ FASTATTN_INLINE void half_to_float(const Words& bits, Row& x) {
 
 // The one or two numbers of each word.
 template <MmaType kType>
-FASTATTN_INLINE void low(const Words& words, Row& x) {
+FASTATTN_FN void low(const Words& words, Row& x) {
   if constexpr (kType == MmaType::kF16) {
     half_to_float(words & 0xffffu, x);
   } else {
@@ -38,7 +38,7 @@ FASTATTN_INLINE void low(const Words& words, Row& x) {
   }
 }
 template <MmaType kType>
-FASTATTN_INLINE void high(const Words& words, Row& x) {
+FASTATTN_FN void high(const Words& words, Row& x) {
   if constexpr (kType == MmaType::kF16) {
     half_to_float(words >> 16, x);
   } else {
@@ -49,7 +49,7 @@ FASTATTN_INLINE void high(const Words& words, Row& x) {
 
 // c += x, rounded towards zero, as tensor cores have been seen to round what they accumulate: in a long sum that is a
 // drift, where rounding to nearest would be a random walk.
-FASTATTN_INLINE void add_towards_zero(Row& c, const Row& x) {
+FASTATTN_FN void add_towards_zero(Row& c, const Row& x) {
   Row sum = c + x;
   // What the rounding to nearest lost, exactly (Knuth's two-sum).
   const Row of_x = sum - c;
@@ -70,7 +70,7 @@ constexpr int kTf32Products = 4;
 
 using Integers = int32_t __attribute__((vector_size(32)));
 
-FASTATTN_INLINE void add_aligned(Row& c, const Row (&products)[kTf32Products]) {
+FASTATTN_FN void add_aligned(Row& c, const Row (&products)[kTf32Products]) {
   constexpr uint32_t kExponent = 0x7f800000u;
   // Below, 2^24 over the largest number's power of two would not be finite; so small a sum may be lost.
   constexpr uint32_t kSmallest = 32u << 23;
@@ -110,7 +110,7 @@ FASTATTN_INLINE void add_aligned(Row& c, const Row (&products)[kTf32Products]) {
 }
 
 template <MmaType kType>
-FASTATTN_INLINE void multiply(MmaOperands& o) {
+FASTATTN_FN void multiply(MmaOperands& o) {
   constexpr int kPerWord = kType == MmaType::kTf32 ? 1 : 2;
   float a[16][kPerWord][8];  // [row][which of a word][word along k]
   Row b[8][kPerWord];
