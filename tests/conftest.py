@@ -16,12 +16,15 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn import _cuda
+from fastattn._ops import CAPABILITY_VARIABLE
 
 # Processes of pytest-xdist share the cores. Two threads each, all the same: a kernel on one has fewer ways to go wrong.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(min(torch.get_num_threads(), max(2, torch.get_num_threads() // workers)))
 
-ISAS = tuple(torch.ops.fastattn._all_isas().split(","))  # of this architecture
+# The levels of this architecture; where one is forced, that one alone.
+FORCED = os.environ.get(CAPABILITY_VARIABLE)
+ISAS = (FORCED,) if FORCED else tuple(torch.ops.fastattn._all_isas().split(","))
 
 
 def supported_isas() -> list[str]:
