@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastattn import _transforms, _vmap
+
 Tensors = dict[str, Tensor | None]
 
 
@@ -42,6 +44,7 @@ class Operator:
         needs_first: Whether the backward pass must have the first upstream gradient; if not, None stands for 0.
         forward_mode: (tensors by name, settings) -> all results, for forward-mode derivatives, where they are more than
             the reference gives.
+        places: Where the tensors have the batch and the heads, for vmap.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Operator:
         wanted: tuple[str, ...] = (),
         needs_first: bool = True,
         forward_mode: Callable[[Tensors, tuple[Any, ...]], tuple[Tensor, ...]] | None = None,
+        places: dict[str, _vmap.Place] = _vmap.PADDED,
     ) -> None:
         self.forward_op: Any = getattr(torch.ops.fastattn, f"{name}_forward").default
         self.backward_op: Any = getattr(torch.ops.fastattn, f"{name}_backward").default
@@ -85,12 +89,17 @@ class Operator:
 
         title = "".join(word.capitalize() for word in name.split("_"))
         self._eager_call = self._eager_function(title)
+        forward_rule = _vmap.Rule(inputs, (*results, "stats"), places)
+        backward_rule = _vmap.Rule((*upstream, *saved), differentiable, places, gradients=True, wanted=wanted)
         forward = (self.forward_op, self._setup_forward, self._forward_gradients)
         backward = (self.backward_op, self._setup_backward, self._backward_gradients)
-        self._functional_forward = _functional(*forward)
-        self._functional_backward = _functional(*backward)
-        for op, setup, gradients in (forward, backward):
+        self._functional_forward = _functional(*forward, forward_rule)
+        self._functional_backward = _functional(*backward, backward_rule)
+        for (op, setup, gradients), rule in ((forward, forward_rule), (backward, backward_rule)):
             torch.library.register_autograd(op.name(), gradients, setup_context=setup)
+            _vmap.register(op, rule)
+        _transforms.operators[name] = self
+        self._name = name
 
     def __call__(self, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The results, in the cheapest way that gives the gradients for which the caller can ask."""
@@ -101,17 +110,25 @@ class Operator:
                 if x is not None and x.requires_grad:
                     needs_grad = True
                     break
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            if _transforms.in_trace() is not None:
+                return _transforms.call(self._name, tensors, settings)
             return self.forward_op(*tensors, *settings, needs_grad)[:-1]
-        if forward_ad._current_level >= 0:
-            # The kernels have no forward-mode derivative.
-            return self._forward_mode(dict(zip(self._inputs, tensors, strict=True)), settings)
-        if torch._C._are_functorch_transforms_active():
-            return self._functional_forward.apply(*tensors, *settings, True)[:-1]
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return self.transformed(tensors, settings)
+        if torch.compiler.is_compiling():  # torch.export's trace, or another without Dynamo
+            return self.forward_op(*tensors, *settings, needs_grad)[:-1]
         if needs_grad:
             return self._eager_call(self._pick_others(tensors), settings, *differentiable)
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward_call(*tensors, *settings, False)[:-1]
+
+    def transformed(self, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The results under a transform of torch.func, or with tangents."""
+        if _transforms.is_forward_mode():
+            # The kernels have no forward-mode derivative.
+            return self._forward_mode(dict(zip(self._inputs, tensors, strict=True)), settings)
+        return self._functional_forward.apply(*tensors, *settings, True)[:-1]
 
     # --- The forward pass's gradient: the backward pass ---------------------------------------------------------------
 
@@ -228,7 +245,7 @@ class Operator:
         return tuple(second + [None] * (len(ctx.needs_input_grad) - len(second)))
 
 
-def _functional(op: Any, setup: Any, gradients: Any) -> Any:
+def _functional(op: Any, setup: Any, gradients: Any, rule: Any) -> Any:
     """An operator with its gradient and its vmap as torch.func's transforms see them."""
 
     class Functional(torch.autograd.Function):
@@ -238,16 +255,6 @@ def _functional(op: Any, setup: Any, gradients: Any) -> Any:
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-            return one_by_one(Functional.apply, info.batch_size, in_dims, inputs)
+            return rule(Functional.apply, info.batch_size, in_dims, inputs)
 
     return Functional
-
-
-def one_by_one(function: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-    """What torch.func.vmap makes of an operator: calls for one element after the other, and their results stacked."""
-    results = [
-        function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(size)
-    ]
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastattn import _errors, _ops, reference
+from fastattn import _errors, _ops, _vmap, reference
 from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, constant_slopes, window_sides
 from fastattn._autograd import Operator, Tensors
 
@@ -96,6 +96,11 @@ def _backward_fake(
 
 def _by_reference(tensors: Tensors, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """o and lse as the operator gives them, through plain torch operations in the accumulator type."""
+    if torch._guards.detect_fake_mode(tuple(tensors.values())) is not None:
+        raise NotImplementedError(
+            "fastattn: varlen_attention's second and forward-mode derivatives depend on the values of cu_seqlens_q and"
+            " cu_seqlens_k, which a trace does not have; take them outside of torch.compile and torch.export."
+        )
     max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, softcap, dropout_p = settings
     q, k, v, cu_seqlens_q, cu_seqlens_k = _ops.required(tensors, "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
     B, Hq = cu_seqlens_q.shape[0] - 1, q.shape[1]
@@ -140,6 +145,7 @@ _operator = Operator(
     ),
     wanted=("bias", "sinks"),
     reference=_by_reference,
+    places=_vmap.PACKED,
 )
 
 
