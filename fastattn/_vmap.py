@@ -101,7 +101,7 @@ class Rule:
         """(results, out_dims) of function(*inputs) for each of `size` elements."""
         if size == 0:
             raise ValueError(
-                "fastattn: vmap maps over a dimension of size 0, of which there is no element to compute: skip the call."
+                "fastattn: vmap maps over a dimension of size 0, and there is no element to compute: skip the call."
             )
         for axis in ("batch", "heads"):
             plan = self._plan(axis, size, in_dims, inputs)
@@ -172,18 +172,20 @@ class Rule:
         plan: list[int | None],
     ) -> tuple[Any, Any]:
         folded = list(inputs)
-        shapes: dict[str, tuple[int, ...]] = {}
+        own: dict[str, tuple[tuple[int, ...], int]] = {}  # shape of an element, and where the axis is once it is there
         for i, (name, along) in enumerate(zip(self._tensors, plan, strict=True)):
             x, dim = inputs[i], in_dims[i]
-            if x is None:
-                continue
             place, at = self._place(name, axis)
-            x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
-            shapes[name] = tuple(x.shape[1:])
-            if along is None or at is None:
+            if x is None or at is None:
                 continue
-            for _ in range(0 if place.rank is None else place.rank + 1 - x.dim()):
+            x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+            missing = 0 if place.rank is None else place.rank + 1 - x.dim()
+            own[name] = tuple(x.shape[1:]), max(at - missing, 0)
+            if along is None:
+                continue
+            for _ in range(missing - at):  # up to the axis, and no more: slopes (1, Hq) are none where (Hq,) are
                 x = x.unsqueeze(1)
+            at = own[name][1]
             sizes = list(x.shape)
             sizes[0], sizes[1 + at] = size, along
             folded[i] = x.expand(sizes).movedim(0, at).flatten(at, at + 1)
@@ -192,18 +194,16 @@ class Rule:
         found: list[Tensor] = []
         out_dims: list[int | None] = []
         for name, result, is_active in zip(self._results, results, active, strict=True):
-            place, at = self._place(name, axis)
+            shape, at = own[name] if self._gradients and name in own else ((), self._place(name, axis)[1])
             if not is_active or at is None or result.dim() <= at:  # what was not asked for is empty
                 found.append(result)
                 out_dims.append(None)
                 continue
             x = result.unflatten(at, (size, result.shape[at] // size))
             if self._gradients:
-                shape = shapes[name]
                 x = x.movedim(at, 0)
-                missing = x.dim() - 1 - len(shape)
-                if at < missing or shape[at - missing] != x.shape[1 + at]:
-                    x = x.sum(1 + at, keepdim=True)
+                if x.dim() - 1 > len(shape) or shape[at] != x.shape[1 + at]:
+                    x = x.sum(1 + at, keepdim=True)  # of what was the same for all of the batch, or of the heads
                 x = x.reshape(size, *shape)
                 at = 0
             found.append(x)
