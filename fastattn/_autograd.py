@@ -111,11 +111,13 @@ class Operator:
                     needs_grad = True
                     break
         if torch.compiler.is_dynamo_compiling():
-            if _transforms.in_trace() is not None:
-                return _transforms.call(self._name, tensors, settings)
+            found = _transforms.in_trace()
+            if found is not None:
+                return _transforms.call(self._name, found == "forward", tensors, settings)
             return self.forward_op(*tensors, *settings, needs_grad)[:-1]
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-            return self.transformed(tensors, settings)
+        is_forward_mode = forward_ad._current_level >= 0
+        if is_forward_mode or torch._C._are_functorch_transforms_active():
+            return self.transformed(is_forward_mode, tensors, settings)
         if torch.compiler.is_compiling():  # torch.export's trace, or another without Dynamo
             return self.forward_op(*tensors, *settings, needs_grad)[:-1]
         if needs_grad:
@@ -123,9 +125,11 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward_call(*tensors, *settings, False)[:-1]
 
-    def transformed(self, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """The results under a transform of torch.func, or with tangents."""
-        if _transforms.is_forward_mode():
+    def transformed(
+        self, is_forward_mode: bool, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
+        """The results under a transform of torch.func, or in forward mode, where tensors may have tangents."""
+        if is_forward_mode:
             # The kernels have no forward-mode derivative.
             return self._forward_mode(dict(zip(self._inputs, tensors, strict=True)), settings)
         return self._functional_forward.apply(*tensors, *settings, True)[:-1]

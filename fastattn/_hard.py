@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _attention, _errors, _ops, _transforms, _vmap, reference
-from fastattn._arguments import Causal, Window, autocast, causal_code, window_sides
+from fastattn._arguments import Causal, Window, autocast, causal_code, register_result, window_sides
 from fastattn._autograd import Operator, Tensors
 
 Mode = Literal["sample", "argmax"]
@@ -125,6 +125,9 @@ class HardAttentionOutput(NamedTuple):
     """(B, Hq, Lq), int64: their keys; -1 in a row that sees none."""
     log_prob: Tensor
     """(B, Hq, Lq), float32 (float64 for float64): the logarithm of the probability of that choice."""
+
+
+register_result(HardAttentionOutput)
 
 
 def hard_attention(

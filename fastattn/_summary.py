@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _errors, _ops, _vmap
-from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, window_sides
+from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, register_result, window_sides
 from fastattn._autograd import Tensors
 
 _operator = torch.ops.fastattn.attention_summary.default
@@ -78,6 +78,9 @@ class AttentionSummary(NamedTuple):
     """(B, Hq, Lq, top_k), int64: their keys, the lowest first among equals; -1 past the visible keys."""
     lse: Tensor
     """(B, Hq, Lq): the logarithm of the softmax's denominator, as from attention."""
+
+
+register_result(AttentionSummary)
 
 
 def attention_summary(

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 if TYPE_CHECKING:
     from fastattn._autograd import Operator
 
-operators: dict[str, Operator] = {}
+operators: dict[str, Operator] = {}  # by name
 
 
 def are_active() -> bool:
@@ -27,15 +27,14 @@ def are_active() -> bool:
 
 def is_forward_mode() -> bool:
     """Whether tensors may have tangents."""
-    if forward_ad._current_level >= 0:
-        return True
-    # Compiled code enters the levels of torch.func.jvp without the counter above.
-    stack: Any = torch._C._functorch.get_interpreter_stack()
-    return stack is not None and any(x.key() == torch._C._functorch.TransformType.Jvp for x in stack)
+    return forward_ad._current_level >= 0
 
 
 def in_trace() -> str | None:
-    """For use in a trace of torch.compile: "forward" or "other" transforms that are being traced, None = none."""
+    """For use in a trace of torch.compile: "forward" if forward mode is being traced, "other" transforms, None = none.
+
+    Strings, for a trace can take no enum from a function that it does not look into.
+    """
     if not are_active():
         return None
     torch.compiler.allow_in_graph(call)  # imports the compiler, which is there
@@ -47,6 +46,8 @@ def in_trace() -> str | None:
 in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def call(name: str, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def call(
+    name: str, is_forward_mode: bool, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
     """An operator's results under the transforms that are in force, as one node of torch.compile's graph."""
-    return operators[name].transformed(tensors, settings)
+    return operators[name].transformed(is_forward_mode, tensors, settings)

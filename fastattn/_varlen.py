@@ -291,6 +291,8 @@ def varlen_attention(
         if sinks is not None:
             sinks = accumulator("sinks", sinks, q)
         rng_state = _ops.draw_rng_state(q.device) if dropout_p and 0.0 < dropout_p <= 1.0 else None
+        if torch.compiler.is_compiling() and bias is None and mask is None:
+            max_seqlen_q, max_seqlen_k = _bound(max_seqlen_q), _bound(max_seqlen_k)
         o, lse = _operator(
             (q, k, v, cu_seqlens_q, cu_seqlens_k, bias, mask, alibi_slopes, sinks, rng_state),
             (
@@ -321,3 +323,16 @@ def varlen_attention(
             {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k},
         )
     return (o, lse) if return_lse else o
+
+
+def _bound(max_seqlen: Any) -> Any:
+    """The next power of four: for every value of the operators' ints torch.compile would compile anew.
+
+    Nothing depends on the bound but the shapes of a bias and of a mask, and how a GPU is asked for enough blocks.
+    """
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt) or max_seqlen < 1:
+        return max_seqlen
+    bound = 1
+    while bound < max_seqlen:
+        bound *= 4
+    return bound

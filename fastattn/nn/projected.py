@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _errors
-from fastattn._arguments import Causal
+from fastattn._arguments import Causal, register_result
 from fastattn.nn.checks import check_features, check_heads, check_like_module, check_sizes
 
 
@@ -25,6 +25,9 @@ class ProjectedKeys(NamedTuple):
 
     key: Tensor  # (B, H, Lk, D), projected
     value: Tensor  # (B, H, Lk, Dv)
+
+
+register_result(ProjectedKeys)
 
 
 class ProjectedKeysAttention(torch.nn.Module):
