@@ -141,13 +141,17 @@ class Operator:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of the differentiable inputs, those that ``needed`` asks for."""
         given = self._pick_upstream(upstream)
-        if given[0] is None:
-            if all(x is None for x in given):
-                return (None,) * len(needed)
-            if self._first_at is not None:
-                given = (torch.zeros_like(ctx.saved_tensors[self._first_at]), *given[1:])
-        args = (*given, *ctx.saved_tensors, *ctx.settings, *[needed[i] for i in self._wanted_at])
-        if torch._C._are_functorch_transforms_active():
+        if given[0] is None and all(x is None for x in given):
+            return (None,) * len(needed)
+        saved = ctx.saved_tensors  # once: a checkpoint gives them out once
+        if given[0] is None and self._first_at is not None:
+            given = (torch.zeros_like(saved[self._first_at]), *given[1:])
+        args = (*given, *saved, *ctx.settings, *[needed[i] for i in self._wanted_at])
+        if forward_ad._current_level >= 0:
+            # Tangents that only the upstream gradients have, for in forward mode no operator makes a graph.
+            plain = self._plain_gradients(dict(zip(self._saved, saved, strict=True)), ctx.settings, given)
+            found = tuple([plain.get(name) for name in self._differentiable])
+        elif torch._C._are_functorch_transforms_active():
             found = self._functional_backward.apply(*args)
         elif torch.is_grad_enabled():
             # create_graph=True: the operator's own registered gradient makes the second derivative.
@@ -203,6 +207,20 @@ class Operator:
             grads[i] = grad
         return tuple(grads)
 
+    def _plain_gradients(
+        self, tensors: Tensors, settings: tuple[Any, ...], upstream: tuple[Tensor | None, ...]
+    ) -> dict[str, Tensor]:
+        """The backward pass in plain torch operations: the gradients of the differentiable inputs that are there."""
+        present = [i for i, x in enumerate(upstream) if x is not None]
+        primals = {name: tensors[name] for name in self._differentiable if tensors[name] is not None}
+
+        def results(primals: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            found = self._reference({**tensors, **primals}, settings)
+            return tuple(found[i] for i in present)
+
+        pullback: Any = torch.func.vjp(results, primals)[1]
+        return pullback(tuple(upstream[i] for i in present))[0]
+
     # --- The backward pass's gradient: second derivatives -------------------------------------------------------------
 
     def _setup_backward(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -225,26 +243,20 @@ class Operator:
             saved = [x if x is None else x.detach() for x in saved]
         upstream, kept = saved[: self._upstream_count], saved[self._upstream_count :]
         tensors: Tensors = dict(zip(self._kept, kept, strict=True))
-        present = [i for i, x in enumerate(upstream) if x is not None]
-        cotangents = tuple(upstream[i] for i in present)
+        given_upstream = {i: x for i, x in enumerate(upstream) if x is not None}
         primals = {name: tensors[name] for name in self._differentiable if tensors[name] is not None}
 
-        def first(primals: dict[str, Tensor], cotangents: tuple[Tensor, ...]) -> Any:
-            def results(primals: dict[str, Tensor]) -> tuple[Tensor, ...]:
-                found = self._reference({**tensors, **primals}, ctx.settings)
-                return tuple(found[i] for i in present)
+        def first(primals: dict[str, Tensor], cotangents: dict[int, Tensor]) -> dict[str, Tensor]:
+            given = tuple(cotangents.get(i) for i in range(self._upstream_count))
+            return self._plain_gradients({**tensors, **primals}, ctx.settings, given)
 
-            return torch.func.vjp(results, primals)[1](cotangents)[0]
-
-        transformed: Any = torch.func.vjp(first, primals, cotangents)
+        transformed: Any = torch.func.vjp(first, primals, given_upstream)
         firsts, pullback = transformed
         given = dict(zip(self._differentiable, grads, strict=True))
         d_firsts = {name: torch.zeros_like(x) if given[name] is None else given[name] for name, x in firsts.items()}
         d_primals, d_cotangents = pullback(d_firsts)
         # In the order of the backward pass's arguments.
-        second: list[Tensor | None] = [None] * self._upstream_count
-        for i, d_cotangent in zip(present, d_cotangents, strict=True):
-            second[i] = d_cotangent
+        second: list[Tensor | None] = [d_cotangents.get(i) for i in range(self._upstream_count)]
         second += [d_primals.get(name) for name in self._saved]
         return tuple(second + [None] * (len(ctx.needs_input_grad) - len(second)))
 

@@ -579,16 +579,29 @@ class _Storage:
         self.v_scale: Tensor | None = None
         # Ordinary tensors: those made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
+            self._pairs: Tensor | None = None
             if cache.is_paged and cache.head_dim == cache.v_head_dim:
                 # A head's keys and values of a page lie next to each other: memory delivers long pieces faster.
-                pairs = _memory.empty((*shape[:2], 2, page_size, cache.head_dim), stored, cache.device)
-                self.k, self.v = pairs[:, :, 0], pairs[:, :, 1]
+                self._pairs = _memory.empty((*shape[:2], 2, page_size, cache.head_dim), stored, cache.device)
+                self.k, self.v = self._pairs[:, :, 0], self._pairs[:, :, 1]
             else:
                 self.k = _memory.empty((*shape, cache.head_dim), stored, cache.device)
                 self.v = _memory.empty((*shape, cache.v_head_dim), stored, cache.device)
             if cache.quantize is not None:
                 self.k_scale = _memory.empty(shape, torch.float32, cache.device)
                 self.v_scale = _memory.empty(shape, torch.float32, cache.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: of keys and values in one piece of memory the piece, which each of the two would take along."""
+        state = dict(self.__dict__)
+        if self._pairs is not None:
+            del state["k"], state["v"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._pairs is not None:
+            self.k, self.v = self._pairs[:, :, 0], self._pairs[:, :, 1]
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]

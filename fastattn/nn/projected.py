@@ -40,6 +40,12 @@ class ProjectedKeysAttention(torch.nn.Module):
     key_dim: int | None
     value_dim: int | None  # None: any multiple of num_heads
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        raise TypeError(
+            f"fastattn: {type(self).__name__} cannot be compiled by torch.jit.script; use torch.compile or"
+            " torch.export."
+        )
+
     def _set_sizes(self, query_dim: int, key_dim: int, attn_dim: int, value_dim: int | None, num_heads: int) -> None:
         """Checks and keeps the sizes of a module whose queries and keys are both projected to attn_dim features."""
         value_dim = key_dim if value_dim is None else value_dim
