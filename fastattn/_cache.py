@@ -229,6 +229,14 @@ class KVCache:
                 sequence.
             TypeError: As there.
         """
+        if torch.compiler.is_dynamo_compiling():
+            _keep_out_of_traces()
+            return self._attend_outside(q, k, v, sequences, options)
+        return self._attend(q, k, v, sequences, options)
+
+    def _attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, sequences: Sequence[int] | None, options: dict[str, Any]
+    ) -> Any:
         for name in ("cache_lengths", "block_table", "k_scale", "v_scale"):
             if name in options:
                 raise TypeError(f"fastattn: {name} is given; the cache has its own: leave it out.")
@@ -364,6 +372,8 @@ class KVCache:
         for table in self._tables.values():
             self._release(table)
         self._tables, self._lengths = dict(enumerate(tables)), dict(enumerate(lengths))
+
+    _attend_outside: Any = None
 
     # --- Behind them --------------------------------------------------------------------------------------------------
 
@@ -556,6 +566,20 @@ class KVCache:
         return (found.to(accumulator) * scale.to(accumulator).unsqueeze(-1)).to(self.dtype)
 
 
+def _keep_out_of_traces() -> None:
+    """Makes KVCache._attend_outside: a cache knows more of its sequences after each call, and a trace would go stale."""
+    if KVCache._attend_outside is None:
+        KVCache._attend_outside = torch.compiler.disable(
+            KVCache._attend,
+            reason="fastattn: KVCache keeps its books in Python, outside of the graph; for a step in one graph call"
+            " fastattn.attention_with_kv_cache with k_cache, v_cache, cache_lengths and block_table of your own.",
+        )
+
+
+# It runs while the trace is made, for torch.compiler.disable imports the compiler, which takes a second.
+_keep_out_of_traces._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class _Plan:
     """What one call will have changed once it has succeeded."""
 
@@ -592,7 +616,7 @@ class _Storage:
                 self.v_scale = _memory.empty(shape, torch.float32, cache.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: of keys and values in one piece of memory the piece, which each of the two would take along."""
+        """What is pickled: where keys and values are in one piece of memory, it alone; each would take it along."""
         state = dict(self.__dict__)
         if self._pairs is not None:
             del state["k"], state["v"]
