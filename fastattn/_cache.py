@@ -567,7 +567,7 @@ class KVCache:
 
 
 def _keep_out_of_traces() -> None:
-    """Makes KVCache._attend_outside: a cache knows more of its sequences after each call, and a trace would go stale."""
+    """Makes KVCache._attend_outside: a cache knows more of its sequences after each call, and a trace goes stale."""
     if KVCache._attend_outside is None:
         KVCache._attend_outside = torch.compiler.disable(
             KVCache._attend,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -77,7 +77,7 @@ def test_vmap_dropout_follows_randomness() -> None:
         torch.func.vmap(dropped)(x)
 
 
-# --- vmap against a loop, for every tensor argument ---------------------------------------------------------------------
+# --- vmap against a loop, for every tensor argument -------------------------------------------------------------------
 
 
 def keep(*shape: int) -> Tensor:
@@ -151,7 +151,7 @@ MAPPED: dict[str, tuple[Callable[..., Any], Callable[[int], dict[str, Tensor]]]]
         varlen,
         lambda b: (
             {"q": randn(Lq, Hq, D), "k": randn(Lk, Hkv, D), "v": randn(Lk, Hkv, Dv)}
-            | {"bias": randn(2, 1, 4), "mask": keep(2, 1, 2, 4), "alibi_slopes": slopes(), "sinks": randn(Hq)}
+            | {"bias": randn(Hq, 1, 4), "mask": keep(2, 1, 2, 4), "alibi_slopes": slopes(), "sinks": randn(Hq)}
         ),
     ),
     "cache": (
@@ -226,7 +226,7 @@ def test_vmap_is_a_loop(name: str, b: int) -> None:
 
 
 @pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How vmap's rule computed each call."""
     taken: list[str] = []
     all_at_once, one_by_one = _vmap.Rule._all_at_once, _vmap.one_by_one
@@ -241,7 +241,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(_vmap.Rule, "_all_at_once", fold)
     monkeypatch.setattr(_vmap, "one_by_one", each)
-    yield taken
+    return taken
 
 
 def test_vmap_is_one_call_where_it_can_be(ways: list[str]) -> None:
@@ -254,7 +254,7 @@ def test_vmap_is_one_call_where_it_can_be(ways: list[str]) -> None:
     ways.clear()
     # One row each of a long cache that all share is not worth a copy of it for each.
     long = randn(2, Hkv, 500, D)
-    vmap(fastattn.attention, (0, None, None))(q[:, :, :, :1], long, long)
+    vmap(fastattn.attention, (0, None, None))(torch.cat([q, q])[:, :, :, :1], long, long)
     vmap(lambda q, n, s: fastattn.attention(q, k[0], v[0], kv_lengths=n, sinks=s))(
         q, lengths(2).repeat(2, 1), randn(2, Hq)
     )
@@ -338,15 +338,12 @@ def test_gradients_of_every_kind(name: str) -> None:
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
-    def loss(x: Tensor) -> Tensor:
-        return numbers(
-            function(x[:1], *(y if name == "varlen" else y[:1] for y in given[1:]))
-            if name != "varlen"
-            else function(x, *given[1:])
-        )
-
     if name in ("attention", "hard"):
-        x = given[0][:1]
+        x, rest = given[0][:1], [y[:1] for y in given[1:]]
+
+        def loss(x: Tensor) -> Tensor:
+            return numbers(function(x, *rest))
+
         hessians = [f(loss)(x) for f in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f)))]
         torch.testing.assert_close(*hessians)
 
