@@ -51,6 +51,14 @@ def constant_slopes(alibi_slopes: Tensor, q: Tensor) -> Tensor:
     return slopes
 
 
+def register_result(kind: type) -> None:
+    """Lets torch.export.save write programs that take or return this named tuple, and torch.export.load read them."""
+    from torch.utils import _pytree
+
+    if hasattr(_pytree, "_register_namedtuple"):
+        _pytree._register_namedtuple(kind, serialized_type_name=f"fastattn.{kind.__name__}")
+
+
 def causal_code(causal: Any) -> int:
     """The operators' code of a causal argument."""
     if not isinstance(causal, bool | str):

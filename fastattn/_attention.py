@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn import _errors, _ops, reference
+from fastattn import _errors, _ops, _transforms, reference
 from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, constant_slopes, window_sides
 from fastattn._autograd import Operator, Tensors
 
@@ -151,12 +151,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         need_dq, need_dk, need_dv, need_d_bias, need_d_sinks, _, _ = ctx.needs_input_grad
-        if d_o is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if d_o is None or torch.is_grad_enabled() or _transforms.are_active():
             return (*_operator.gradients(ctx, (d_o, d_lse), ctx.needs_input_grad[:5]), None, None)
+        saved = ctx.saved_tensors  # a checkpoint computes them now, and needs autograd for that
         with torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv, d_bias, d_sinks = _backward_call(
-                d_o, d_lse, *ctx.saved_tensors, *ctx.settings, need_d_bias, need_d_sinks
-            )
+            dq, dk, dv, d_bias, d_sinks = _backward_call(d_o, d_lse, *saved, *ctx.settings, need_d_bias, need_d_sinks)
         return (
             dq if need_dq else None,
             dk if need_dk else None,

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastattn import _transforms, _vmap
+
 Tensors = dict[str, Tensor | None]
 
 
@@ -42,6 +44,7 @@ class Operator:
         needs_first: Whether the backward pass must have the first upstream gradient; if not, None stands for 0.
         forward_mode: (tensors by name, settings) -> all results, for forward-mode derivatives, where they are more than
             the reference gives.
+        places: Where the tensors have the batch and the heads, for vmap.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Operator:
         wanted: tuple[str, ...] = (),
         needs_first: bool = True,
         forward_mode: Callable[[Tensors, tuple[Any, ...]], tuple[Tensor, ...]] | None = None,
+        places: dict[str, _vmap.Place] = _vmap.PADDED,
     ) -> None:
         self.forward_op: Any = getattr(torch.ops.fastattn, f"{name}_forward").default
         self.backward_op: Any = getattr(torch.ops.fastattn, f"{name}_backward").default
@@ -85,12 +89,17 @@ class Operator:
 
         title = "".join(word.capitalize() for word in name.split("_"))
         self._eager_call = self._eager_function(title)
+        forward_rule = _vmap.Rule(inputs, (*results, "stats"), places)
+        backward_rule = _vmap.Rule((*upstream, *saved), differentiable, places, gradients=True, wanted=wanted)
         forward = (self.forward_op, self._setup_forward, self._forward_gradients)
         backward = (self.backward_op, self._setup_backward, self._backward_gradients)
-        self._functional_forward = _functional(*forward)
-        self._functional_backward = _functional(*backward)
-        for op, setup, gradients in (forward, backward):
+        self._functional_forward = _functional(*forward, forward_rule)
+        self._functional_backward = _functional(*backward, backward_rule)
+        for (op, setup, gradients), rule in ((forward, forward_rule), (backward, backward_rule)):
             torch.library.register_autograd(op.name(), gradients, setup_context=setup)
+            _vmap.register(op, rule)
+        _transforms.operators[name] = self
+        self._name = name
 
     def __call__(self, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The results, in the cheapest way that gives the gradients for which the caller can ask."""
@@ -101,17 +110,29 @@ class Operator:
                 if x is not None and x.requires_grad:
                     needs_grad = True
                     break
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            found = _transforms.in_trace()
+            if found is not None:
+                return _transforms.call(self._name, found == "forward", tensors, settings)
             return self.forward_op(*tensors, *settings, needs_grad)[:-1]
-        if forward_ad._current_level >= 0:
-            # The kernels have no forward-mode derivative.
-            return self._forward_mode(dict(zip(self._inputs, tensors, strict=True)), settings)
-        if torch._C._are_functorch_transforms_active():
-            return self._functional_forward.apply(*tensors, *settings, True)[:-1]
+        is_forward_mode = forward_ad._current_level >= 0
+        if is_forward_mode or torch._C._are_functorch_transforms_active():
+            return self.transformed(is_forward_mode, tensors, settings)
+        if torch.compiler.is_compiling():  # torch.export's trace, or another without Dynamo
+            return self.forward_op(*tensors, *settings, needs_grad)[:-1]
         if needs_grad:
             return self._eager_call(self._pick_others(tensors), settings, *differentiable)
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward_call(*tensors, *settings, False)[:-1]
+
+    def transformed(
+        self, is_forward_mode: bool, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
+        """The results under a transform of torch.func, or in forward mode, where tensors may have tangents."""
+        if is_forward_mode:
+            # The kernels have no forward-mode derivative.
+            return self._forward_mode(dict(zip(self._inputs, tensors, strict=True)), settings)
+        return self._functional_forward.apply(*tensors, *settings, True)[:-1]
 
     # --- The forward pass's gradient: the backward pass ---------------------------------------------------------------
 
@@ -120,13 +141,17 @@ class Operator:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of the differentiable inputs, those that ``needed`` asks for."""
         given = self._pick_upstream(upstream)
-        if given[0] is None:
-            if all(x is None for x in given):
-                return (None,) * len(needed)
-            if self._first_at is not None:
-                given = (torch.zeros_like(ctx.saved_tensors[self._first_at]), *given[1:])
-        args = (*given, *ctx.saved_tensors, *ctx.settings, *[needed[i] for i in self._wanted_at])
-        if torch._C._are_functorch_transforms_active():
+        if given[0] is None and all(x is None for x in given):
+            return (None,) * len(needed)
+        saved = ctx.saved_tensors  # once: a checkpoint gives them out once
+        if given[0] is None and self._first_at is not None:
+            given = (torch.zeros_like(saved[self._first_at]), *given[1:])
+        args = (*given, *saved, *ctx.settings, *[needed[i] for i in self._wanted_at])
+        if forward_ad._current_level >= 0:
+            # Tangents that only the upstream gradients have, for in forward mode no operator makes a graph.
+            plain = self._plain_gradients(dict(zip(self._saved, saved, strict=True)), ctx.settings, given)
+            found = tuple([plain.get(name) for name in self._differentiable])
+        elif torch._C._are_functorch_transforms_active():
             found = self._functional_backward.apply(*args)
         elif torch.is_grad_enabled():
             # create_graph=True: the operator's own registered gradient makes the second derivative.
@@ -182,6 +207,20 @@ class Operator:
             grads[i] = grad
         return tuple(grads)
 
+    def _plain_gradients(
+        self, tensors: Tensors, settings: tuple[Any, ...], upstream: tuple[Tensor | None, ...]
+    ) -> dict[str, Tensor]:
+        """The backward pass in plain torch operations: the gradients of the differentiable inputs that are there."""
+        present = [i for i, x in enumerate(upstream) if x is not None]
+        primals = {name: tensors[name] for name in self._differentiable if tensors[name] is not None}
+
+        def results(primals: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            found = self._reference({**tensors, **primals}, settings)
+            return tuple(found[i] for i in present)
+
+        pullback: Any = torch.func.vjp(results, primals)[1]
+        return pullback(tuple(upstream[i] for i in present))[0]
+
     # --- The backward pass's gradient: second derivatives -------------------------------------------------------------
 
     def _setup_backward(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -204,31 +243,25 @@ class Operator:
             saved = [x if x is None else x.detach() for x in saved]
         upstream, kept = saved[: self._upstream_count], saved[self._upstream_count :]
         tensors: Tensors = dict(zip(self._kept, kept, strict=True))
-        present = [i for i, x in enumerate(upstream) if x is not None]
-        cotangents = tuple(upstream[i] for i in present)
+        given_upstream = {i: x for i, x in enumerate(upstream) if x is not None}
         primals = {name: tensors[name] for name in self._differentiable if tensors[name] is not None}
 
-        def first(primals: dict[str, Tensor], cotangents: tuple[Tensor, ...]) -> Any:
-            def results(primals: dict[str, Tensor]) -> tuple[Tensor, ...]:
-                found = self._reference({**tensors, **primals}, ctx.settings)
-                return tuple(found[i] for i in present)
+        def first(primals: dict[str, Tensor], cotangents: dict[int, Tensor]) -> dict[str, Tensor]:
+            given = tuple(cotangents.get(i) for i in range(self._upstream_count))
+            return self._plain_gradients({**tensors, **primals}, ctx.settings, given)
 
-            return torch.func.vjp(results, primals)[1](cotangents)[0]
-
-        transformed: Any = torch.func.vjp(first, primals, cotangents)
+        transformed: Any = torch.func.vjp(first, primals, given_upstream)
         firsts, pullback = transformed
         given = dict(zip(self._differentiable, grads, strict=True))
         d_firsts = {name: torch.zeros_like(x) if given[name] is None else given[name] for name, x in firsts.items()}
         d_primals, d_cotangents = pullback(d_firsts)
         # In the order of the backward pass's arguments.
-        second: list[Tensor | None] = [None] * self._upstream_count
-        for i, d_cotangent in zip(present, d_cotangents, strict=True):
-            second[i] = d_cotangent
+        second: list[Tensor | None] = [d_cotangents.get(i) for i in range(self._upstream_count)]
         second += [d_primals.get(name) for name in self._saved]
         return tuple(second + [None] * (len(ctx.needs_input_grad) - len(second)))
 
 
-def _functional(op: Any, setup: Any, gradients: Any) -> Any:
+def _functional(op: Any, setup: Any, gradients: Any, rule: Any) -> Any:
     """An operator with its gradient and its vmap as torch.func's transforms see them."""
 
     class Functional(torch.autograd.Function):
@@ -238,16 +271,6 @@ def _functional(op: Any, setup: Any, gradients: Any) -> Any:
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-            return one_by_one(Functional.apply, info.batch_size, in_dims, inputs)
+            return rule(Functional.apply, info.batch_size, in_dims, inputs)
 
     return Functional
-
-
-def one_by_one(function: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-    """What torch.func.vmap makes of an operator: calls for one element after the other, and their results stacked."""
-    results = [
-        function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(size)
-    ]
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)

@@ -229,6 +229,14 @@ class KVCache:
                 sequence.
             TypeError: As there.
         """
+        if torch.compiler.is_dynamo_compiling():
+            _keep_out_of_traces()
+            return self._attend_outside(q, k, v, sequences, options)
+        return self._attend(q, k, v, sequences, options)
+
+    def _attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, sequences: Sequence[int] | None, options: dict[str, Any]
+    ) -> Any:
         for name in ("cache_lengths", "block_table", "k_scale", "v_scale"):
             if name in options:
                 raise TypeError(f"fastattn: {name} is given; the cache has its own: leave it out.")
@@ -364,6 +372,8 @@ class KVCache:
         for table in self._tables.values():
             self._release(table)
         self._tables, self._lengths = dict(enumerate(tables)), dict(enumerate(lengths))
+
+    _attend_outside: Any = None
 
     # --- Behind them --------------------------------------------------------------------------------------------------
 
@@ -556,6 +566,20 @@ class KVCache:
         return (found.to(accumulator) * scale.to(accumulator).unsqueeze(-1)).to(self.dtype)
 
 
+def _keep_out_of_traces() -> None:
+    """Makes KVCache._attend_outside: a cache knows more of its sequences after each call, and a trace goes stale."""
+    if KVCache._attend_outside is None:
+        KVCache._attend_outside = torch.compiler.disable(
+            KVCache._attend,
+            reason="fastattn: KVCache keeps its books in Python, outside of the graph; for a step in one graph call"
+            " fastattn.attention_with_kv_cache with k_cache, v_cache, cache_lengths and block_table of your own.",
+        )
+
+
+# It runs while the trace is made, for torch.compiler.disable imports the compiler, which takes a second.
+_keep_out_of_traces._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class _Plan:
     """What one call will have changed once it has succeeded."""
 
@@ -579,16 +603,29 @@ class _Storage:
         self.v_scale: Tensor | None = None
         # Ordinary tensors: those made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
+            self._pairs: Tensor | None = None
             if cache.is_paged and cache.head_dim == cache.v_head_dim:
                 # A head's keys and values of a page lie next to each other: memory delivers long pieces faster.
-                pairs = _memory.empty((*shape[:2], 2, page_size, cache.head_dim), stored, cache.device)
-                self.k, self.v = pairs[:, :, 0], pairs[:, :, 1]
+                self._pairs = _memory.empty((*shape[:2], 2, page_size, cache.head_dim), stored, cache.device)
+                self.k, self.v = self._pairs[:, :, 0], self._pairs[:, :, 1]
             else:
                 self.k = _memory.empty((*shape, cache.head_dim), stored, cache.device)
                 self.v = _memory.empty((*shape, cache.v_head_dim), stored, cache.device)
             if cache.quantize is not None:
                 self.k_scale = _memory.empty(shape, torch.float32, cache.device)
                 self.v_scale = _memory.empty(shape, torch.float32, cache.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: where keys and values are in one piece of memory, it alone; each would take it along."""
+        state = dict(self.__dict__)
+        if self._pairs is not None:
+            del state["k"], state["v"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._pairs is not None:
+            self.k, self.v = self._pairs[:, :, 0], self._pairs[:, :, 1]
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]

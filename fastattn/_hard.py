@@ -7,11 +7,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastattn import _attention, _errors, _ops, reference
-from fastattn._arguments import Causal, Window, autocast, causal_code, window_sides
-from fastattn._autograd import Operator, Tensors, one_by_one
+from fastattn import _attention, _errors, _ops, _transforms, _vmap, reference
+from fastattn._arguments import Causal, Window, autocast, causal_code, register_result, window_sides
+from fastattn._autograd import Operator, Tensors
 
 Mode = Literal["sample", "argmax"]
 Estimator = Literal["reinforce", "straight_through"]
@@ -86,8 +85,11 @@ class _Choice(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        (index,), _ = one_by_one(lambda *x: (_Choice.apply(*x),), info.batch_size, in_dims, inputs)
-        return index, 0
+        (index,), (out_dim,) = _choice_rule(lambda *x: (_Choice.apply(*x),), info.batch_size, in_dims, inputs)
+        return index, out_dim
+
+
+_choice_rule = _vmap.Rule(("q", "k", "v", "mask", "kv_lengths", "rng_state"), ("index",), _vmap.PADDED)
 
 
 def _in_forward_mode(tensors: Tensors, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +125,9 @@ class HardAttentionOutput(NamedTuple):
     """(B, Hq, Lq), int64: their keys; -1 in a row that sees none."""
     log_prob: Tensor
     """(B, Hq, Lq), float32 (float64 for float64): the logarithm of the probability of that choice."""
+
+
+register_result(HardAttentionOutput)
 
 
 def hard_attention(
@@ -236,7 +241,10 @@ def hard_attention(
 
 
 def _may_be_differentiated(*tensors: Tensor) -> bool:
-    if forward_ad._current_level >= 0:
+    if torch.compiler.is_dynamo_compiling():
+        if _transforms.in_trace() is not None:
+            return True
+    elif _transforms.are_active():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 

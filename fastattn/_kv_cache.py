@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn import _errors, _ops
+from fastattn import _errors, _ops, _transforms, _vmap
 from fastattn._arguments import Causal, Window, accumulator, causal_code, window_sides
 
 # --- The operator -----------------------------------------------------------------------------------------------------
@@ -62,6 +62,41 @@ def _fake(
 
 _op: Any = torch.ops.fastattn.attention_with_kv_cache.default
 _call: Any = _op._op  # without the Python frame of OpOverload.__call__; not for tracing
+
+_NAMES = (
+    "q",
+    "k_cache",
+    "v_cache",
+    "k",
+    "v",
+    "cache_lengths",
+    "block_table",
+    "k_scale",
+    "v_scale",
+    "rotary_cos",
+    "rotary_sin",
+    "alibi_slopes",
+    "sinks",
+)
+_rules = {places: _vmap.Rule(_NAMES, ("o", "lse"), getattr(_vmap, places)) for places in ("CACHE", "PAGED")}
+
+
+def _vmap_rule(op: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> Any:
+    given, dims = dict(zip(_NAMES, inputs, strict=False)), dict(zip(_NAMES, in_dims, strict=False))
+    if given["k"] is None:
+        places = "CACHE" if given["block_table"] is None else "PAGED"
+        return _rules[places](op, size, in_dims, inputs)
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        if given[name] is not None and dims[name] is None:
+            raise ValueError(
+                f"fastattn: {name} is the same for all elements that vmap maps over, and each of them would append to"
+                " it; map it too (in_dims), or append before, outside of vmap."
+            )
+    # Elements are views of the caches, which are written in place.
+    return _vmap.one_by_one(op, size, in_dims, inputs)
+
+
+_vmap.register(_op, _vmap_rule)
 
 
 # --- The function -----------------------------------------------------------------------------------------------------
@@ -283,23 +318,6 @@ def attention_with_kv_cache(
     return (o, lse) if return_lse else o
 
 
-_NAMES = (
-    "q",
-    "k_cache",
-    "v_cache",
-    "k",
-    "v",
-    "cache_lengths",
-    "block_table",
-    "k_scale",
-    "v_scale",
-    "rotary_cos",
-    "rotary_sin",
-    "alibi_slopes",
-    "sinks",
-)
-
-
 def _autocast(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tensor) -> list[Any]:
     if not torch.is_autocast_enabled(q.device.type):
         return [q, k, v]
@@ -316,7 +334,13 @@ def _refuse_gradients(tensors: tuple[Tensor | None, ...]) -> None:
                     f"fastattn: {name} requires a gradient, which attention_with_kv_cache does not compute; call it"
                     " under torch.no_grad(), or to train call fastattn.attention."
                 )
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if torch.compiler.is_dynamo_compiling():
+        if _transforms.in_trace() == "forward":
+            raise ValueError(
+                "fastattn: q may have a tangent in the code that is compiled, and attention_with_kv_cache has no"
+                " derivative; to differentiate call fastattn.attention."
+            )
+    elif _transforms.is_forward_mode():
         for name, x in zip(_NAMES, tensors, strict=True):
             if x is not None and forward_ad.unpack_dual(x).tangent is not None:
                 raise ValueError(

@@ -21,7 +21,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     many small pages lie takes time: in bfloat16, D=128, in pages of 16 keys in no order, 17% of it.
     """
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    is_watched = torch._C._len_torch_dispatch_stack() > 0  # by FakeTensorMode, say, which counts on it
+    if device.type != "cpu" or size < _LEAST_BYTES or is_watched or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import _cuda, _errors, _requirements
+from fastattn import _cuda, _errors, _requirements, _vmap
 from fastattn._autograd import Tensors
 
 _LIBRARY = Path(__file__).with_name("_C_cpu.so")
@@ -101,6 +101,9 @@ def check_fake(function: str, tensors: Tensors, settings: tuple[Any, ...]) -> No
 @torch.library.register_fake("fastattn::dropout_mask")
 def _dropout_mask_fake(rng_state: Tensor, B: int, H: int, Lq: int, Lk: int, p: float) -> Tensor:
     return rng_state.new_empty((B, H, Lq, Lk), dtype=torch.bool)
+
+
+_vmap.register(torch.ops.fastattn.dropout_mask.default, _vmap.one_by_one)
 
 
 # --- What the references in plain torch operations take ---------------------------------------------------------------

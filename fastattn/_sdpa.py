@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
 from fastattn import _attention, _cuda, _errors
@@ -83,8 +82,8 @@ def scaled_dot_product_attention(
     more, broadcast or strided batch dimensions may have to be. The gradient can be differentiated again.
 
     What PyTorch's function accepts on the CPU and this one does not: a head dimension of 0, a scale that is not finite,
-    tensor subclasses and torch.func transforms. What this one accepts beyond it: attn_mask together with is_causal for
-    any shape, attn_mask of fewer than two dimensions.
+    and tensor subclasses. What this one accepts beyond it: attn_mask together with is_causal for any shape, attn_mask
+    of fewer than two dimensions, and forward-mode derivatives whatever the shape.
 
     Example:
         >>> import torch, fastattn
@@ -311,10 +310,10 @@ def replace_sdpa() -> None:
     """Make every caller of torch.nn.functional.scaled_dot_product_attention use fastattn, in all threads.
 
     Calls that fastattn cannot serve (tensors on other devices than CPU and CUDA, dtypes other than float32, bfloat16,
-    float16 and float64, nested and sparse tensors, tensor subclasses, torch.func transforms, forward-mode
-    differentiation, and arguments that fastattn refuses; on CUDA also float64, head dimensions above 256, GPUs older
-    than compute capability 8.0, and everything where the CUDA kernels are not there) go to the function that was
-    replaced. They are counted in `sdpa_calls()`, and the first one for each reason warns.
+    float16 and float64, nested and sparse tensors, tensor subclasses, and arguments that fastattn refuses; on CUDA also
+    float64, head dimensions above 256, GPUs older than compute capability 8.0, and everything where the CUDA kernels
+    are not there) go to the function that was replaced. They are counted in `sdpa_calls()`, and the first one for each
+    reason warns.
 
     TorchScript keeps PyTorch's function. So does code that looked it up before, as with `from torch.nn.functional
     import scaled_dot_product_attention`, and so do the callers inside PyTorch's C++, such as the fast path of
@@ -436,7 +435,7 @@ def _replacement(
         kind: Any = type(attn_mask)
         return kind.__torch_function__(F.scaled_dot_product_attention, (kind,), args, options)
     if torch.compiler.is_dynamo_compiling():
-        reason = _reason_to_hand_back(query, key, value, attn_mask, _transform())
+        reason = _reason_to_hand_back(query, key, value, attn_mask)
         _count(reason)
         serve = _switch.original if reason else scaled_dot_product_attention
         return serve(query, key, value, attn_mask, dropout_p, is_causal, **options)
@@ -450,9 +449,7 @@ def _replacement(
         and type(key) in _PLAIN
         and type(value) in _PLAIN
         and (attn_mask is None or type(attn_mask) in _PLAIN)
-        and (query.is_cpu or _reason_to_hand_back(query, key, value, attn_mask, None) is None)
-        and not _functorch_is_active()
-        and forward_ad._current_level < 0
+        and (query.is_cpu or _reason_to_hand_back(query, key, value, attn_mask) is None)
     ):
         try:
             o = scaled_dot_product_attention(
@@ -464,7 +461,7 @@ def _replacement(
             with _switch.lock:
                 _switch.served += 1
             return o
-    reason = _reason_to_hand_back(query, key, value, attn_mask, _transform())
+    reason = _reason_to_hand_back(query, key, value, attn_mask)
     if reason is None and refusal is not None:
         # PyTorch takes some of these, and refuses the others in its own words. Its CPU kernel does not compare the
         # lengths of key and value, though, and would read beyond the end of value.
@@ -488,15 +485,10 @@ _SUBCLASSES = "tensor subclasses"
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 # Subclasses that change nothing about what a tensor computes.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
-_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
-def _reason_to_hand_back(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, transform: str | None
-) -> str | None:
+def _reason_to_hand_back(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
     """Why this call is not fastattn's to serve; None = it is, as far as can be said without looking at the sizes."""
-    if transform is not None:
-        return transform
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if not all(type(x) in _PLAIN for x in tensors):
         return _SUBCLASSES
@@ -524,15 +516,6 @@ def _reason_not_on_cuda(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def _transform() -> str | None:
-    """The transform of torch.func or forward-mode level that this thread is in: the operator has no rules for them."""
-    if _functorch_is_active():
-        return "torch.func transforms"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    return None
-
-
 def _count(reason: str | None, detail: str = "") -> None:
     """One call more that was served (None) or handed back; a reason's first call warns."""
     with _switch.lock:
@@ -548,8 +531,7 @@ def _count(reason: str | None, detail: str = "") -> None:
         )
 
 
-# A trace may neither read the counters (it would be compiled again for each value) nor break off for them: these two
-# run while the trace is made, and leave nothing in it. torch.compiler.assume_constant_result would set the same mark,
-# but imports the compiler, which takes a second.
-_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A trace may neither read the counters (it would be compiled again for each value) nor break off for them: this runs
+# while the trace is made, and leaves nothing in it. torch.compiler.assume_constant_result would set the same mark, but
+# imports the compiler, which takes a second.
 _count._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import _errors, _ops
-from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, window_sides
-from fastattn._autograd import Tensors, one_by_one
+from fastattn import _errors, _ops, _vmap
+from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, register_result, window_sides
+from fastattn._autograd import Tensors
 
 _operator = torch.ops.fastattn.attention_summary.default
 
@@ -53,9 +53,14 @@ def _fake(
     return entropy, max_weight, top_weights, top_index, key_mass, lse
 
 
-@torch.library.register_vmap("fastattn::attention_summary")
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-    return one_by_one(_operator, info.batch_size, in_dims, inputs)
+_vmap.register(
+    _operator,
+    _vmap.Rule(
+        ("q", "k", "bias", "mask", "alibi_slopes", "sinks", "kv_lengths", "row_mask"),
+        ("entropy", "max_weight", "top_weights", "top_index", "key_mass", "lse"),
+        _vmap.PADDED,
+    ),
+)
 
 
 class AttentionSummary(NamedTuple):
@@ -73,6 +78,9 @@ class AttentionSummary(NamedTuple):
     """(B, Hq, Lq, top_k), int64: their keys, the lowest first among equals; -1 past the visible keys."""
     lse: Tensor
     """(B, Hq, Lq): the logarithm of the softmax's denominator, as from attention."""
+
+
+register_result(AttentionSummary)
 
 
 def attention_summary(

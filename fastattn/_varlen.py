@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastattn import _errors, _ops, reference
+from fastattn import _errors, _ops, _vmap, reference
 from fastattn._arguments import Causal, Window, accumulator, autocast, causal_code, constant_slopes, window_sides
 from fastattn._autograd import Operator, Tensors
 
@@ -96,6 +96,11 @@ def _backward_fake(
 
 def _by_reference(tensors: Tensors, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """o and lse as the operator gives them, through plain torch operations in the accumulator type."""
+    if torch._guards.detect_fake_mode(tuple(tensors.values())) is not None:
+        raise NotImplementedError(
+            "fastattn: varlen_attention's second and forward-mode derivatives depend on the values of cu_seqlens_q and"
+            " cu_seqlens_k, which a trace does not have; take them outside of torch.compile and torch.export."
+        )
     max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, softcap, dropout_p = settings
     q, k, v, cu_seqlens_q, cu_seqlens_k = _ops.required(tensors, "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
     B, Hq = cu_seqlens_q.shape[0] - 1, q.shape[1]
@@ -140,6 +145,7 @@ _operator = Operator(
     ),
     wanted=("bias", "sinks"),
     reference=_by_reference,
+    places=_vmap.PACKED,
 )
 
 
@@ -285,6 +291,8 @@ def varlen_attention(
         if sinks is not None:
             sinks = accumulator("sinks", sinks, q)
         rng_state = _ops.draw_rng_state(q.device) if dropout_p and 0.0 < dropout_p <= 1.0 else None
+        if torch.compiler.is_compiling() and bias is None and mask is None:
+            max_seqlen_q, max_seqlen_k = _bound(max_seqlen_q), _bound(max_seqlen_k)
         o, lse = _operator(
             (q, k, v, cu_seqlens_q, cu_seqlens_k, bias, mask, alibi_slopes, sinks, rng_state),
             (
@@ -315,3 +323,16 @@ def varlen_attention(
             {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k},
         )
     return (o, lse) if return_lse else o
+
+
+def _bound(max_seqlen: Any) -> Any:
+    """The next power of four: for every value of the operators' ints torch.compile would compile anew.
+
+    Nothing depends on the bound but the shapes of a bias and of a mask, and how a GPU is asked for enough blocks.
+    """
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt) or max_seqlen < 1:
+        return max_seqlen
+    bound = 1
+    while bound < max_seqlen:
+        bound *= 4
+    return bound

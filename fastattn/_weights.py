@@ -69,9 +69,13 @@ def attention_weights(
         "sinks": sinks,
         "kv_lengths": kv_lengths,
     }
-    with torch.no_grad():
-        # The operator checks every argument. One column of k in place of v makes that a small part of what follows.
-        attention(q, k, k[..., :1] if getattr(k, "ndim", 0) == 4 else k, **options)
+    # The operator checks every argument. One column of k in place of v makes that a small part of what follows. The
+    # tensors are detached; of torch.no_grad torch.export would make a part of the graph.
+    checked: dict[str, Any] = {
+        name: x.detach() if isinstance(x, Tensor) else x for name, x in {"q": q, "k": k, **options}.items()
+    }
+    checked["v"] = checked["k"][..., :1] if getattr(k, "ndim", 0) == 4 else checked["k"]
+    attention(**checked)
     wide = torch.promote_types(q.dtype, torch.float32)
     with without_autocast(q.device):
         return reference.weights(q, k, dtype=wide, **options).to(q.dtype)

@@ -89,6 +89,12 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(threads: None) -> None:
+    """Tens of thousands of tiny calls would mostly wait for a second thread to wake up."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def sdpa_left_alone() -> Iterator[None]:
     """Calls of scaled_dot_product_attention are counted from 0, and PyTorch's function is in its place afterwards."""
     before = F.scaled_dot_product_attention

@@ -1,191 +1,42 @@
-"""The operators as torch sees them: schemas, fakes, gradients of first and second order, torch.compile, torch.func,
-autocast, inference mode, layouts. Numbers are compared with fastattn.reference, and compiled code with eager code.
+"""attention's gradients of first and higher order, autocast, inference mode, checkpoints, layouts.
+
+Numbers are compared with fastattn.reference.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import forward_ad
 
 import fastattn
 from fastattn import reference
 
-ops = torch.ops.fastattn
-# Small, for gradcheck's sake, which calls a function once or twice for every number.
-B, Hq, Hkv, Lq, Lk, D, Dv = 2, 4, 2, 3, 5, 4, 3
+from .attention_calls import (
+    B,
+    D,
+    Dv,
+    Hq,
+    Lk,
+    Lq,
+    blhd,
+    differentiable,
+    each_feature,
+    function_of,
+    inputs_of,
+    operator_arguments,
+    ops,
+    qkv,
+    randn,
+)
 
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
-    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
-
-
-@pytest.fixture(autouse=True)
-def seed_and_one_thread() -> Iterator[None]:
-    """One thread: tens of thousands of tiny calls would mostly wait for a second one to wake up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-def qkv(dtype: torch.dtype = torch.float64, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        randn(B, Hq, Lq, D, dtype=dtype, grad=grad),
-        randn(B, Hkv, Lk, D, dtype=dtype, grad=grad),
-        randn(B, Hkv, Lk, Dv, dtype=dtype, grad=grad),
-    )
-
-
-def slopes() -> Tensor:
-    return torch.tensor([0.5, 0.25, 0.1, 0.01])
-
-
-# Each feature alone, and all together: what fastattn.attention is called with beside q, k and v.
-FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
-    "dense": dict,
-    "causal": lambda: {"causal": True},
-    "top_left": lambda: {"causal": "top_left"},
-    "window": lambda: {"window": (2, 1)},
-    "scale": lambda: {"scale": -0.7},
-    "softcap": lambda: {"softcap": 1.5},
-    "bias": lambda: {"bias": randn(B, Hq, Lq, Lk, grad=True)},
-    "bias_row": lambda: {"bias": randn(Hq, 1, Lk, grad=True)},
-    "bias_scalar": lambda: {"bias": randn(grad=True)},
-    "mask": lambda: {"mask": torch.rand(B, 1, Lq, Lk) < 0.6},
-    "mask_rows": lambda: {"mask": torch.arange(Lq).view(Lq, 1) % 2 == 0},
-    "alibi": lambda: {"alibi_slopes": slopes()},
-    "sinks": lambda: {"sinks": randn(Hq, grad=True)},
-    "lengths": lambda: {"kv_lengths": torch.tensor([Lk, 3], dtype=torch.int32)},
-    "no_keys": lambda: {"kv_lengths": torch.tensor([0, 3], dtype=torch.int32)},
-    "dropout": lambda: {"dropout_p": 0.4},
-    "all": lambda: {
-        "causal": True,
-        "window": (3, None),
-        "scale": 0.4,
-        "softcap": 2.0,
-        "bias": randn(1, Hq, 1, Lk, grad=True),
-        "mask": torch.rand(B, 1, Lq, Lk) < 0.8,
-        "alibi_slopes": slopes().expand(B, Hq),
-        "sinks": randn(Hq, grad=True),
-        "kv_lengths": torch.tensor([Lk, 5], dtype=torch.int32),
-        "dropout_p": 0.2,
-    },
-}
-each_feature = pytest.mark.parametrize("feature", FEATURES)
-
-
-def inputs_of(feature: str, dtype: torch.dtype = torch.float64) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    tensors = qkv(dtype)
-    kwargs = FEATURES[feature]()
-    for name in ("bias", "sinks"):
-        if name in kwargs:
-            kwargs[name] = kwargs[name].detach().to(dtype).requires_grad_()
-    return tensors, kwargs
-
-
-def differentiable(tensors: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    return (*tensors, *(kwargs[name] for name in ("bias", "sinks") if name in kwargs))
-
-
-def function_of(kwargs: dict[str, Any], attention: Any = fastattn.attention) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(o, lse) as a function of the differentiable tensors alone, with the same dropout every time, and lse finite."""
-    names = [name for name in ("bias", "sinks") if name in kwargs]
-
-    def function(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(7)
-        o, lse = attention(q, k, v, return_lse=True, **kwargs | dict(zip(names, rest, strict=True)))
-        return o, lse.masked_fill(lse == -torch.inf, 0.0)  # finite differences need numbers
-
-    return function
-
-
-# --- Schemas and fakes ------------------------------------------------------------------------------------------------
-
-
-def operator_arguments(feature: str, dtype: torch.dtype, grad: bool, save_stats: bool = True) -> tuple[Any, ...]:
-    """What the operator gets for fastattn.attention(**FEATURES[feature])."""
-    caught: list[tuple[Any, ...]] = []
-    tensors, kwargs = inputs_of(feature, dtype)
-
-    class Catch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if op is ops.attention_forward.default:
-                caught.append(args)
-            return op(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Catch():
-        fastattn.attention(*tensors, **kwargs)
-    args = list(caught[0])
-    for i in (0, 1, 2, 3, 6):
-        if args[i] is not None:
-            args[i] = args[i].detach().requires_grad_(grad)
-    args[-1] = save_stats
-    return tuple(args)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each_feature
-def test_opcheck_forward(feature: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(ops.attention_forward.default, operator_arguments(feature, dtype, grad=True))
-
-
-@each_feature
-def test_opcheck_forward_without_gradients(feature: str) -> None:
-    args = operator_arguments(feature, torch.float32, grad=False, save_stats=False)
-    torch.library.opcheck(ops.attention_forward.default, args)
-
-
-@each_feature
-def test_opcheck_backward(feature: str) -> None:
-    args = operator_arguments(feature, torch.float32, grad=False)
-    o, lse, stats = ops.attention_forward(*args)
-    for d_lse in (None, torch.randn_like(lse)):
-        d_o = torch.randn_like(o)
-        needs = (args[3] is not None, args[6] is not None)
-        torch.library.opcheck(ops.attention_backward.default, (d_o, d_lse, *args[:3], o, stats, *args[3:-1], *needs))
-
-
-def test_opcheck_dropout_mask() -> None:
-    torch.library.opcheck(ops.dropout_mask.default, (torch.tensor([3, 4]), 2, 3, 5, 7, 0.3))
-
-
-def blhd(x: Tensor) -> Tensor:
-    """The same numbers in memory order (B, L, H, D), as a projection that was split into heads leaves them."""
-    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(x.requires_grad)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "blhd"])
-@pytest.mark.parametrize("shape", [(2, 4, 5, 8), (2, 4, 1, 8), (2, 1, 5, 8), (1, 1, 1, 1), (0, 4, 5, 8), (2, 4, 0, 8)])
-def test_results_lie_as_inputs_do(shape: tuple[int, ...], layout: str) -> None:
-    """Real and fake results have the strides that the layout rule says."""
-    arrange = blhd if layout == "blhd" else torch.Tensor.contiguous
-    b, h, l, d = shape
-    q, k, v = (arrange(torch.randn(s)) for s in (shape, (b, h, l + 2, d), (b, h, l + 2, 3)))
-    args = (q, k, v, *[None] * 6, 0, -1, -1, None, 0.0, 0.0, True)
-    o, lse, stats = ops.attention_forward(*args)
-    grads = ops.attention_backward(
-        torch.randn_like(o), None, q, k, v, o, stats, *[None] * 6, 0, -1, -1, None, 0.0, 0.0, False, False
-    )
-    for like, result in ((q, o), (q, grads[0]), (k, grads[1]), (v, grads[2])):
-        heads_inside_rows = like.stride(1) < like.stride(2)
-        wanted = torch.empty_like(result, memory_format=torch.contiguous_format)
-        assert result.stride() == (blhd(wanted) if heads_inside_rows else wanted).stride()
-    assert lse.is_contiguous()
-    assert stats.is_contiguous()
-    fakes = ops.attention_forward(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
-    for real, fake in zip((o, lse, stats), fakes, strict=True):
-        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
@@ -487,169 +338,3 @@ def test_small_tensors_of_any_strides() -> None:
     o = fastattn.attention(q, k, v, alibi_slopes=alibi, sinks=sinks, kv_lengths=lengths)
     wanted = reference.attention(q, k, v, alibi_slopes=alibi, sinks=sinks, kv_lengths=lengths)
     torch.testing.assert_close(o, wanted)
-
-
-# --- torch.compile ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
-def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    torch.manual_seed(11)
-    o, lse = function(*tensors, return_lse=True, **kwargs)
-    loss = o.sin().sum() + torch.where(lse == -torch.inf, 0.0, lse).cos().sum()
-    return [o.detach(), lse.detach(), *torch.autograd.grad(loss, differentiable(tensors, kwargs))]
-
-
-@each_feature
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile(feature: str, backend: str, dynamic: bool) -> None:
-    """One graph, forward and backward, and the numbers of eager code."""
-    tensors, kwargs = inputs_of(feature, torch.float32)
-    compiled = torch.compile(fastattn.attention, fullgraph=True, dynamic=dynamic, backend=backend)
-    # Inductor draws other random numbers.
-    if not (kwargs.get("dropout_p") and backend == "inductor"):
-        torch.testing.assert_close(run(compiled, tensors, kwargs), run(fastattn.attention, tensors, kwargs))
-    else:
-        assert all(x.isfinite().any() for x in run(compiled, tensors, kwargs))
-    with torch.no_grad():
-        o = compiled(*tensors, **kwargs | {"dropout_p": 0.0})
-        torch.testing.assert_close(o, fastattn.attention(*tensors, **kwargs | {"dropout_p": 0.0}))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_dynamic_shapes_do_not_recompile() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    counts = []
-    compiled = torch.compile(fastattn.attention, fullgraph=True, dynamic=True, backend=counter)
-    for b, h, lq, lk in ((2, 4, 5, 7), (3, 6, 9, 11), (4, 8, 33, 64), (2, 2, 7, 5)):
-        q, k, v = (randn(b, h, n, 8, dtype=torch.float32, grad=True) for n in (lq, lk, lk))
-        bias = torch.randn(h, 1, lk, requires_grad=True)
-        o = compiled(q, k, v, bias=bias, causal=True)
-        grads = torch.autograd.grad(o.sin().sum(), (q, k, v, bias))
-        eager = fastattn.attention(q, k, v, bias=bias, causal=True)
-        torch.testing.assert_close((o, *grads), (eager, *torch.autograd.grad(eager.sin().sum(), (q, k, v, bias))))
-        counts.append(counter.frame_count)
-    assert counts == counts[:1] * 4
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_layouts() -> None:
-    """Strides of results in a trace are those that the operator gives."""
-
-    def block(x: Tensor, weight: Tensor) -> Tensor:
-        q, k, v = (x @ weight).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        return fastattn.attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
-
-    x, weight = randn(2, 9, 32, dtype=torch.float32, grad=True), randn(32, 96, dtype=torch.float32, grad=True)
-    compiled = torch.compile(block, fullgraph=True)
-    results = []
-    for function in (compiled, block):
-        o = function(x, weight)
-        results.append((o.detach(), *torch.autograd.grad(o.sin().sum(), (x, weight))))
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_autocast() -> None:
-    q, k, v = qkv(torch.float32)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return fastattn.attention(q, k, v)
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        wanted = fastattn.attention(q, k, v)
-    assert torch.equal(block(q, k, v), wanted)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_dropout_is_reproducible_and_its_backward_agrees() -> None:
-    """v = identity shows which weights the forward pass dropped; the gradient must drop the same."""
-    q, k = randn(1, 1, 20, 8, dtype=torch.float32), randn(1, 1, 20, 8, dtype=torch.float32)
-    v = torch.eye(20).view(1, 1, 20, 20).requires_grad_()
-    compiled = torch.compile(fastattn.attention, fullgraph=True)
-    torch.manual_seed(5)
-    p = compiled(q, k, v, dropout_p=0.5)
-    torch.manual_seed(5)
-    assert torch.equal(p, compiled(q, k, v, dropout_p=0.5))
-    (d_v,) = torch.autograd.grad(p, v, torch.eye(20).view(1, 1, 20, 20))
-    assert 0.3 < (p == 0).float().mean() < 0.7
-    torch.testing.assert_close(d_v, p.detach().mT)
-
-
-def test_export() -> None:
-    class Block(torch.nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return fastattn.attention(q, k, v, causal=True)
-
-    q, k, v = qkv(torch.float32, grad=False)
-    length = torch.export.Dim("length", min=2, max=1024)
-    shapes = ({}, {2: length}, {2: length})
-    exported = torch.export.export(Block(), (q, k, v), dynamic_shapes=shapes)
-    assert any(node.target is ops.attention_forward.default for node in exported.graph.nodes)
-    longer = torch.cat([k, k], 2), torch.cat([v, v], 2)
-    torch.testing.assert_close(exported.module()(q, *longer), fastattn.attention(q, *longer, causal=True))
-
-
-# --- torch.func and forward mode --------------------------------------------------------------------------------------
-
-
-def transform_cases() -> dict[str, Callable[[Any], Any]]:
-    q, k, v = qkv(grad=False)
-    stack = [torch.stack([x, x.flip(2), -x]) for x in (q, k, v)]
-    masks = torch.rand(3, Lq, Lk) < 0.7
-    func = torch.func
-
-    def loss(attention: Any) -> Callable[..., Tensor]:
-        return lambda q, k, v: attention(q, k, v, causal=True).sin().sum()
-
-    def nested(attention: Any) -> Any:
-        return func.grad(lambda q: func.grad(loss(attention))(q, k, v).square().sum())(q)
-
-    def dual(attention: Any) -> Any:
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(attention(forward_ad.make_dual(q, q.flip(3)), k, v)).tangent
-
-    return {
-        "grad": lambda f: func.grad(loss(f), argnums=(0, 1, 2))(q, k, v),
-        "grad_of_grad": nested,
-        "vjp": lambda f: func.vjp(lambda q, v: f(q, k, v, return_lse=True), q, v)[1]((q[..., :Dv], q[..., 0])),
-        "vmap": lambda f: func.vmap(f)(*stack),
-        "vmap_shared_keys": lambda f: func.vmap(f, in_dims=(0, None, None))(stack[0], k, v),
-        "vmap_masks": lambda f: func.vmap(lambda m: f(q, k, v, mask=m))(masks),
-        "per_sample_gradients": lambda f: func.vmap(func.grad(loss(f), argnums=(0, 2)))(*stack),
-        "jacrev": lambda f: func.jacrev(lambda q: f(q, k, v).sum(0))(q),
-        "jvp": lambda f: func.jvp(lambda q, k: f(q, k, v, causal=True), (q, k), (q.flip(2), k.flip(3))),
-        "jacfwd": lambda f: func.jacfwd(lambda v: f(q, k, v).sum(0))(v),
-        "hessian": lambda f: func.hessian(lambda q: loss(f)(q, k[:1], v[:1]))(q[:1]),
-        "dual": dual,
-    }
-
-
-@pytest.mark.parametrize("name", transform_cases())
-def test_transforms(name: str) -> None:
-    transform = transform_cases()[name]
-    torch.manual_seed(0)
-    torch.testing.assert_close(transform(fastattn.attention), transform(reference.attention))
-
-
-def test_vmap_dropout_follows_randomness() -> None:
-    q, k, v = qkv(grad=False)
-    x = torch.stack([q, q])
-
-    def dropped(q: Tensor) -> Tensor:
-        return fastattn.attention(q, k, v, dropout_p=0.5)
-
-    same = torch.func.vmap(dropped, randomness="same")(x)
-    assert torch.equal(same[0], same[1])
-    different = torch.func.vmap(dropped, randomness="different")(x)
-    assert not torch.equal(different[0], different[1])
-    with pytest.raises(RuntimeError, match="randomness"):
-        torch.func.vmap(dropped)(x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _errors
-from fastattn._arguments import Causal
+from fastattn._arguments import Causal, register_result
 from fastattn.nn.checks import check_features, check_heads, check_like_module, check_sizes
 
 
@@ -27,6 +27,9 @@ class ProjectedKeys(NamedTuple):
     value: Tensor  # (B, H, Lk, Dv)
 
 
+register_result(ProjectedKeys)
+
+
 class ProjectedKeysAttention(torch.nn.Module):
     """The base of AdditiveAttention, LuongAttention and HardAttention."""
 
@@ -36,6 +39,12 @@ class ProjectedKeysAttention(torch.nn.Module):
     query_dim: int | None  # None: any, as long as the scores can be computed
     key_dim: int | None
     value_dim: int | None  # None: any multiple of num_heads
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        raise TypeError(
+            f"fastattn: {type(self).__name__} cannot be compiled by torch.jit.script; use torch.compile or"
+            " torch.export."
+        )
 
     def _set_sizes(self, query_dim: int, key_dim: int, attn_dim: int, value_dim: int | None, num_heads: int) -> None:
         """Checks and keeps the sizes of a module whose queries and keys are both projected to attn_dim features."""
