@@ -360,7 +360,8 @@ OPERATORS = {"scaled_dot_product_attention": "attention"}  # whose operator is a
 
 # --- Instruction sets -------------------------------------------------------------------------------------------------
 
-ARCHITECTURES = {"__x86_64__": "x86-64", "__aarch64__": "aarch64"}
+# By what a level's file is compiled for.
+ARCHITECTURES = {"__x86_64__": "x86-64", "__aarch64__": "aarch64", "FASTATTN_HAS_NEON_BF16": "aarch64"}
 
 
 @dataclass(frozen=True)
@@ -387,29 +388,34 @@ class Level:
 
 def levels() -> list[Level]:
     """All of them, of every architecture, each after those that it includes."""
+    order = re.findall(r"level\(k\w+, (\w+)\)", (ROOT / "csrc/cpu/levels.h").read_text(encoding="utf-8"))
     found = []
     for path in sorted((ROOT / "csrc/cpu").glob("isa_*.cpp")):
         text = path.read_text(encoding="utf-8")
         settings = dict(re.findall(r"^#define FASTATTN_(ISA|BF16_DOT|REST) (\w+)", text, flags=re.MULTILINE))
-        guard = re.search(r"^#if .*?defined\((\w+)\)", text, flags=re.MULTILINE)
-        target = re.search(r'^#pragma GCC target\("([^"]*)"', text, flags=re.MULTILINE)
+        guard = re.search(r"^#if (?:defined\()?(\w+)", text, flags=re.MULTILINE)
         header = re.search(r'^#include "(cpu/simd/\w+\.h)"', text, flags=re.MULTILINE)
         assert "ISA" in settings, f"{path} does not name its level"
         assert header, f"{path} is written otherwise than its neighbours"
         simd = (ROOT / "csrc" / header.group(1)).read_text(encoding="utf-8")
         lanes = re.search(r"constexpr int kLanes = (\d+)", simd)
         assert lanes, f"{header.group(1)} does not say kLanes"
+        has_bf16_dot = settings.get("BF16_DOT", "0") == "1"
+        # Of two, the first is for bfloat16 dot products.
+        targets = re.findall(r'^FASTATTN_BEGIN_TARGET\("([^"]*)"\)', simd, flags=re.MULTILINE)
+        target = targets[0 if has_bf16_dot else -1] if targets else ""
         found.append(
             Level(
                 name=settings["ISA"],
                 architecture=ARCHITECTURES[guard.group(1)] if guard else "",
-                needs=target.group(1).replace(",", ", ") if target else "",
+                needs=target.removeprefix("arch=").replace(",", ", "),
                 lanes=int(lanes.group(1)),
-                has_bf16_dot=settings.get("BF16_DOT", "0") == "1",
+                has_bf16_dot=has_bf16_dot,
                 rest=settings.get("REST", ""),
             )
         )
-    return sorted(found, key=lambda level: (level.lanes if level.architecture else 0, level.has_bf16_dot))
+    assert {level.name for level in found} == set(order), "csrc/cpu/levels.h and the files of the levels differ"
+    return sorted(found, key=lambda level: order.index(level.name))
 
 
 def additive_has_no_dot_products() -> bool:
