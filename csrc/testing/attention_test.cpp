@@ -29,6 +29,10 @@ std::vector<Case> make_cases(int random_cases, unsigned random_seed) {
       {.Lq = 130, .Lk = 130, .causal = Causal::kBottomRight, .left = 20, .right = 0},
       {.Lq = 150, .Lk = 100, .left = 0, .right = 7, .kv_lengths = true},
       {.Hq = 8, .Lq = 1, .Lk = 1030, .D = 32, .Dv = 32, .kv_lengths = true},
+      // Decoding: one, three and four rows a key head, whole and ragged vectors of head dims.
+      {.Hq = 2, .Hkv = 2, .Lq = 1, .Lk = 201, .D = 72, .Dv = 100, .kv_lengths = true},
+      {.Hq = 6, .Hkv = 2, .Lq = 1, .Lk = 131, .D = 65, .Dv = 33, .causal = Causal::kBottomRight, .left = 100},
+      {.Hq = 8, .Hkv = 2, .Lq = 1, .Lk = 77, .D = 128, .Dv = 128, .bias = kFull, .mask = kFull, .sinks = true},
       {.B = 1, .Hq = 1, .Hkv = 1, .Lq = 3, .Lk = 2100, .bias = kFull, .bias_hides = true},
       {.B = 1, .Hq = 1, .Hkv = 1, .Lq = 1030, .Lk = 2, .mask = kFullQ},
       {.Lq = 20, .D = 256, .Dv = 256},

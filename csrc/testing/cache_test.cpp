@@ -166,6 +166,9 @@ int main() {
                        .rotary_dim = 32,
                        .interleaved = true,
                        .left = 40});
+      cases.push_back({.D = 100, .Dv = 101, .page_size = page_size, .before = {63, 200}, .int8 = int8, .left = 90});
+      cases.push_back(
+          {.Lq = 2, .Lnew = 3, .D = 64, .Dv = 128, .page_size = page_size, .before = {1, 130}, .int8 = int8});
       cases.push_back({.Lq = 3,
                        .Lnew = 40,
                        .D = 5,
