@@ -16,28 +16,14 @@
 
 namespace fastattn {
 
-void set_isa(std::string name) {
-  cpu::Isa level;
-  if (!cpu::isa_from_name(name.c_str(), &level)) {
-    value_error("CPU capability \"", name, "\" is unknown; it must be one of ", all_isas(), ".");
-  }
-  if (!cpu::isa_supported(level)) {
-    value_error("CPU capability \"", name, "\" is not supported by this processor or build; choose one of ",
-                supported_isas(), ".");
-  }
-  cpu::set_active_isa(level);
-}
-
-std::string isa() { return cpu::isa_name(cpu::active_isa()); }
-
 namespace {
 
-std::string isa_names(bool only_supported) {
+std::string isa_names(bool only_supported, const char* separator) {
   std::string names;
   for (int i = 0; i < cpu::kIsaCount; ++i) {
     const auto level = static_cast<cpu::Isa>(i);
     if (only_supported && !cpu::isa_supported(level)) continue;
-    if (!names.empty()) names += ",";
+    if (!names.empty()) names += separator;
     names += cpu::isa_name(level);
   }
   return names;
@@ -45,9 +31,23 @@ std::string isa_names(bool only_supported) {
 
 }  // namespace
 
-std::string all_isas() { return isa_names(false); }
+void set_isa(std::string name) {
+  cpu::Isa level;
+  if (!cpu::isa_from_name(name.c_str(), &level)) {
+    value_error("CPU capability \"", name, "\" is unknown; it must be one of ", isa_names(false, ", "), ".");
+  }
+  if (!cpu::isa_supported(level)) {
+    value_error("CPU capability \"", name, "\" is not supported by this processor or build; choose one of ",
+                isa_names(true, ", "), ".");
+  }
+  cpu::set_active_isa(level);
+}
 
-std::string supported_isas() { return isa_names(true); }
+std::string isa() { return cpu::isa_name(cpu::active_isa()); }
+
+std::string all_isas() { return isa_names(false, ","); }
+
+std::string supported_isas() { return isa_names(true, ","); }
 
 namespace {
 
