@@ -58,7 +58,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--direction", nargs="+", choices=directions, default=[], help="only these; step: forward and backward"
     )
     parser.add_argument("--threads", type=int, help="default: as many as PyTorch uses")
-    parser.add_argument("--isa", help="force a level: baseline, avx2, avx512 or avx512_bf16; on ARM baseline, neon or neon_bf16")
+    parser.add_argument(
+        "--isa", help="force a level: baseline, avx2, avx512 or avx512_bf16; on ARM baseline, neon or neon_bf16"
+    )
     parser.add_argument(
         "--peers",
         nargs="*",

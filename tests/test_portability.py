@@ -51,10 +51,15 @@ def test_intrinsics_are_called_in_the_vocabularies_alone() -> None:
 
 
 def test_one_header_asks_which_compiler_it_is() -> None:
-    compilers = r"\b(_MSC_VER|__clang__|__clang_major__|__GNUC__|__apple_build_version__|__has_feature|__SANITIZE_\w+)\b"
+    compilers = (
+        r"\b(_MSC_VER|__clang__|__clang_major__|__GNUC__|__apple_build_version__|__has_feature|__SANITIZE_\w+)\b"
+    )
     assert files_with(compilers) == {"core/macros.h"}
     assert files_with(r"\b_MSC_VER\b") == {"core/macros.h"}
-    assert files_with(r"__attribute__\(\((always_inline|target)\b") <= {"core/macros.h", "testing/emulator/fragments.cpp"}
+    assert files_with(r"__attribute__\(\((always_inline|target)\b") <= {
+        "core/macros.h",
+        "testing/emulator/fragments.cpp",
+    }
 
 
 def test_every_level_has_its_files() -> None:

@@ -153,7 +153,9 @@ def test_a_level_needs_only_plain_c_functions(level: str) -> None:
     """
     allowed = {"memcpy", "memset", "memmove", "expf", "logf", "exp", "log", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
     for path in objects_of(level):
-        needed = {line.split()[-1] for line in tool("nm", "--undefined-only", path, machine=machine_of(level)).splitlines()}
+        needed = {
+            line.split()[-1] for line in tool("nm", "--undefined-only", path, machine=machine_of(level)).splitlines()
+        }
         tables = {f"_ZN8fastattn3cpu{len(other)}{other}7kernelsE" for other in (*LEVELS, *ARM_LEVELS) if other != level}
         assert needed - tables <= allowed, path
         assert len(needed & tables) <= 1, path
@@ -199,7 +201,9 @@ def test_the_binding_stays_within_the_baseline(source: str) -> None:
 
 
 # Dot products, SVE's registers, float16 arithmetic and the atomics of ARMv8.1: what 64-bit ARM did not have at first.
-BEYOND_NEON = r"([us]|us|su)dot |(s|u|us)mmla |\w+ .*\bz\d+\.|f(add|mul|mla) v\d+\.[48]h|(cas|swp|ld(add|clr|set|eor))\w* "
+BEYOND_NEON = (
+    r"([us]|us|su)dot |(s|u|us)mmla |\w+ .*\bz\d+\.|f(add|mul|mla) v\d+\.[48]h|(cas|swp|ld(add|clr|set|eor))\w* "
+)
 BEYOND_NEON_WITHOUT_BF16 = BEYOND_NEON + r"|bf(dot|mmla|mlal\w?|cvt\w*) "
 
 
