@@ -1,8 +1,9 @@
 // The vector vocabulary on NEON (64-bit ARM), and the bfloat16 dot product where FASTATTN_BF16_DOT says so.
 //
 // Included only by csrc/cpu/isa_neon*.cpp and the tests of the vocabulary, whose target region begins here.
-// simd/baseline.h documents what each operation means. Memory is read and written by memcpy, which becomes the same instructions as vld1q and vst1q: kernels look at
-// the same memory as floats, integers and halves, at addresses that need not be aligned.
+// simd/baseline.h documents what each operation means. Memory is read and written by memcpy, which becomes the same
+// instructions as vld1q and vst1q: kernels look at the same memory as floats, integers and halves, at addresses that
+// need not be aligned.
 #pragma once
 
 #include <arm_neon.h>

@@ -1,6 +1,6 @@
-// Every word of the vector vocabulary (csrc/cpu/simd) at one level, and the functions that are made of it, against plain
-// scalar code: all 65536 float16 and bfloat16 numbers, rounding at every tie between them, what the first n lanes read
-// and write, NaN and infinity where the vocabulary promises something about them.
+// Every word of the vector vocabulary (csrc/cpu/simd) at one level, and the functions that are made of it, against
+// plain scalar code: all 65536 float16 and bfloat16 numbers, rounding at every tie between them, what the first n lanes
+// read and write, NaN and infinity where the vocabulary promises something about them.
 //
 // Included last by every csrc/testing/simd/<level>.cpp, inside the level's target region.
 #pragma once
