@@ -343,8 +343,8 @@ def test_sdpa_beyond_the_limits_is_handed_back(shape: tuple[int, ...], dtype: to
 @pytest.mark.parametrize("dims", [1, 2, 3, 4, 5])
 def test_reasons_look_at_any_rank(dims: int) -> None:
     x = empty(*[3] * dims)
-    assert _sdpa._reason_to_hand_back(x, x, x, None, None) is None
-    assert _sdpa._reason_to_hand_back(empty(), empty(), empty(), None, None) is None
+    assert _sdpa._reason_to_hand_back(x, x, x, None) is None
+    assert _sdpa._reason_to_hand_back(empty(), empty(), empty(), None) is None
 
 
 @pytest.mark.usefixtures("fake")

@@ -20,6 +20,7 @@ from torch import Tensor
 import fastattn
 
 from .bad_calls import Bad
+from .conftest import ISAS
 
 B, Hq, Hkv, Lq, Lk, D, Dv = 2, 4, 2, 5, 7, 8, 6
 ops = torch.ops.fastattn
@@ -325,7 +326,7 @@ OPERATOR_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("no-sinks", lambda: backward(**good(), need_d_sinks=True), "need_d_sinks is True but there are no sinks"),
     ("mask-sizes", lambda: ops.dropout_mask(torch.zeros(2).long(), -1, 1, 1, 1, 0.5), "(-1, 1, 1, 1)"),
     ("mask-p", lambda: ops.dropout_mask(torch.zeros(2).long(), 1, 1, 1, 1, 1.5), "dropout_p is 1.5"),
-    ("isa-unknown", lambda: ops._set_isa("sse9"), f'"sse9" is unknown; it must be one of {ops._all_isas()}.'),
+    ("isa-unknown", lambda: ops._set_isa("sse9"), f'"sse9" is unknown; it must be one of {", ".join(ISAS)}.'),
     ("peak-dtype", lambda: ops._measure_peak("float16", 1), 'dtype is "float16"'),
     ("peak-threads", lambda: ops._measure_peak("float32", 0), "threads is 0"),
     ("words-of-a-view", lambda: ops._sum_words(torch.zeros(4, 4).T, torch.zeros(4)), "x has shape (4, 4)"),
